@@ -3,7 +3,10 @@ r"""From an mp4 file to the patches that Qwen-VL's vision encoder reads (paper, 
 clip.mp4 -> `read_clip` (uniform sampling, decord or PyAV) -> frames (T, 3, H, W) in [0, 1] -> `patchify` -> patches (N, D)
 """
 
+import math
 import os
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
+from PIL import Image
 
 from dvr1_lite.errors import ClipError
 
@@ -25,7 +29,10 @@ except (ImportError, OSError):
     decord = None
 
 BACKEND = "decord" if decord is not None else "pyav"
-MAX_FRAME_PIXELS = 8192 * 8192  # a header that claims more is taken for a broken file
+MAX_FRAME_PIXELS = 8192 * 4320  # a header that claims more is taken for a broken file
+# Real containers only: a playlist or a concat script would name other files for the decoder to open.
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,ogg,asf,gif,h264,hevc"
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 
 # Mean and standard deviation of CLIP's training images, which every Qwen-VL checkpoint normalises with.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -48,12 +55,14 @@ class Clip:
 
 
 class Probe(NamedTuple):
-    """What a container says about its first video stream, found without decoding a frame."""
+    """What a container says about its first video stream, found without decoding a picture."""
 
     starts: list[float]  # start of each frame in seconds, ascending, the first is 0
     duration: float  # seconds, to the end of the last frame
     width: int
     height: int
+    pts: list[int]  # the same starts in the stream's own unit
+    keys: list[int]  # pts of the frames that can be decoded without others
 
 
 def frame_indices(total: int, num_frames: int) -> list[int]:
@@ -73,7 +82,7 @@ def read_clip(
     r"""Decodes `num_frames` uniformly spaced frames of a video file, and only those.
 
     size: (height, width) in pixels to resize to; None keeps the file's own. backend: "decord" or "pyav"; None takes
-    decord where it is installed. Both give the same frames.
+    decord where it is installed. Both give the same frames, turned upright as a telephone's rotation flag asks.
     Raises ClipError, naming the file and the remedy, if it is missing, empty, truncated, not a video, without
     duration, or has fewer than `num_frames` frames. No frame is ever repeated or taken from elsewhere.
     """
@@ -87,13 +96,30 @@ def read_clip(
                         f"sample at most {total} frames or leave the clip out")
     indices = frame_indices(total, num_frames)
     try:
-        pictures = decode(str(path), indices)
+        frames = [_to_float(picture, size) for picture in decode(str(path), indices, probe)]
     except Exception as error:  # the decoders raise many unrelated types
         raise _undecodable(path, error) from error
-    if len(pictures) != num_frames:
-        raise _undecodable(path, f"only {len(pictures)} of {num_frames} frames could be decoded")
-    frames = torch.stack([_to_float(picture, size) for picture in pictures])
-    return Clip(frames, [probe.starts[i] for i in indices], num_frames / probe.duration, probe.duration, str(path))
+    if len(frames) != num_frames or len({frame.shape for frame in frames}) != 1:
+        raise _undecodable(path, f"{len(frames)} of {num_frames} frames could be decoded")
+    seconds = [probe.starts[i] for i in indices]
+    return Clip(torch.stack(frames), seconds, num_frames / probe.duration, probe.duration, str(path))
+
+
+def read_image(path: str | os.PathLike, size: tuple[int, int] | None = None) -> torch.Tensor:
+    r"""Reads a picture (JPEG, PNG, WebP, BMP) as one frame: float32 (1, 3, H, W) in [0, 1], resized to `size` if given.
+
+    Raises ClipError as `read_clip` does.
+    """
+    path = Path(path)
+    _check_file(path)
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as picture:
+            if picture.width * picture.height > MAX_FRAME_PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels")
+            pixels = np.array(picture.convert("RGB"))
+    except Exception as error:  # Pillow's plug-ins raise many unrelated types
+        raise ClipError(f"{path}: not a readable picture ({_reason(error)}); download or save it again") from error
+    return _to_float(pixels, size)[None]
 
 
 def probe_clip(path: str | os.PathLike) -> Probe:
@@ -104,48 +130,70 @@ def probe_clip(path: str | os.PathLike) -> Probe:
     path = Path(path)
     _check_file(path)
     try:
-        with av.open(str(path)) as container:
+        with _open(path) as container:
             if not container.streams.video:
-                raise ClipError(f"{path}: the file holds no video stream; give a video file such as mp4 or webm")
+                raise ClipError(f"{path}: the file holds no video; give a video file such as mp4 or webm")
             stream = container.streams.video[0]
-            width, height = stream.codec_context.width, stream.codec_context.height
-            base, rate = stream.time_base, stream.average_rate
-            packets = [(p.pts, p.duration, p.is_corrupt) for p in container.demux(stream) if p.pts is not None]
+            codec, base, rate = stream.codec_context, stream.time_base, stream.average_rate
+            size = (codec.width, codec.height) if codec else (0, 0)
+            packets = [p for p in container.demux(stream) if p.pts is not None and not p.is_discard]
+            end = max((entry.pos + entry.size for entry in getattr(stream, "index_entries", ())), default=0)
+            if end > path.stat().st_size or any(packet.is_corrupt for packet in packets):
+                raise _undecodable(path, "its end is missing")
+            entries = sorted((p.pts, p.duration or 0, p.is_keyframe) for p in packets)
     except ClipError:
         raise
     except Exception as error:
         raise _undecodable(path, error) from error
-    return _timing(path, packets, base, rate, width, height)
+    return _timing(path, entries, base, rate, *size)
 
 
-def _timing(path, packets, base, rate, width, height) -> Probe:
-    if any(corrupt for *_, corrupt in packets):
-        raise _undecodable(path, "its last packet is cut off")
+def _timing(path: Path, entries: list[tuple[int, int, bool]], base, rate, width: int, height: int) -> Probe:
     if not 0 < width * height <= MAX_FRAME_PIXELS:
-        raise _undecodable(path, f"its header gives an impossible frame size, {width} x {height}")
-    if not packets or base is None:
-        raise ClipError(f"{path}: the video holds no frames; download or encode the file again")
-    packets.sort()
-    first, last = packets[0][0], packets[-1][0]
-    length = packets[-1][1] or (1 / (rate * base) if rate else 0)  # webm gives its last packet no duration
-    duration = float((last + length - first) * base)
-    if not duration > 0:
+        raise _undecodable(path, f"its header gives a frame size of {width} x {height}")
+    if not entries or base is None:
+        raise ClipError(f"{path}: the video holds no frames; download or encode it again")
+    pts = [entry[0] for entry in entries]
+    length = entries[-1][1] or (1 / (rate * base) if rate else 0)  # webm gives its last packet no duration
+    duration = float((pts[-1] - pts[0] + length) * base)
+    if not 0 < duration < math.inf:
         raise ClipError(f"{path}: the video has no duration; encode it again with a frame rate")
-    return Probe([float((pts - first) * base) for pts, *_ in packets], duration, width, height)
+    starts = [float((p - pts[0]) * base) for p in pts]
+    return Probe(starts, duration, width, height, pts, [p for p, _, is_key in entries if is_key])
 
 
 def _check_file(path: Path) -> None:
-    if not path.exists():
-        raise ClipError(f"{path}: no such clip; check the path and the data root")
-    if not path.is_file():
-        raise ClipError(f"{path}: not a file; give the path of a video file")
-    if path.stat().st_size == 0:
-        raise ClipError(f"{path}: the clip is empty (0 bytes); download or encode it again")
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        if isinstance(error, PermissionError):
+            raise ClipError(f"{path}: no permission to read it; change its access rights") from error
+        raise ClipError(f"{path}: no such file; check the path and the data root") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ClipError(f"{path}: not a file; give the path of a video or picture")
+    if status.st_size == 0:
+        raise ClipError(f"{path}: the file is empty (0 bytes); download or encode it again")
+    if not os.access(path, os.R_OK):
+        raise ClipError(f"{path}: no permission to read it; change its access rights")
 
 
 def _undecodable(path: Path, why: object) -> ClipError:
-    text = " ".join(str(why).split())[:200]
-    return ClipError(f"{path}: not a readable video, or truncated ({text}); download or encode it again")
+    return ClipError(f"{path}: not a readable video, or truncated ({_reason(why)}); download or encode it again")
+
+
+def _reason(why: object) -> str:
+    """One short line from an exception or a text, without a decoder's source lines and stack."""
+    if isinstance(why, str):
+        return why
+    text = getattr(why, "strerror", None) or str(why).partition("\n")[0]
+    if not text or "/src/" in text:  # decord reports the place in its own source
+        text = f"{type(why).__name__} while decoding"
+    return " ".join(text.split())[:120]
+
+
+def _open(path: str | os.PathLike):
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    return av.open(str(path), container_options=options, metadata_errors="replace")
 
 
 def _decoder(backend: str | None):
@@ -158,31 +206,32 @@ def _decoder(backend: str | None):
     return decoders[name]
 
 
-def _decode_decord(path: str, indices: list[int]) -> list[np.ndarray]:
+def _decode_decord(path: str, indices: list[int], probe: Probe) -> Iterator[np.ndarray]:
     reader = decord.VideoReader(path, num_threads=1)
-    return list(reader.get_batch(indices).asnumpy())
+    if len(reader) != len(probe.pts):  # decord also counts frames that an edit list cuts away
+        yield from _decode_pyav(path, indices, probe)
+        return
+    for index in indices:
+        yield reader[index].asnumpy()
 
 
-def _decode_pyav(path: str, indices: list[int]) -> list[np.ndarray]:
-    r"""Frames by position in presentation order; jumps to the nearest keyframe before each one."""
-    pictures, reformatter = [], VideoReformatter()
-    with av.open(path) as container:
+def _decode_pyav(path: str, indices: list[int], probe: Probe) -> Iterator[np.ndarray]:
+    r"""Frames by their position in presentation order; jumps to the keyframe before one where that saves decoding."""
+    reformatter, position, frames = VideoReformatter(), None, iter(())
+    with _open(path) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
-        packets = sorted((p.pts, p.is_keyframe) for p in container.demux(stream) if p.pts is not None)
-        keys = [pts for pts, is_key in packets if is_key]
-        position, frames = None, None
-        for target in (packets[i][0] for i in indices):
-            key = max((k for k in keys if k <= target), default=packets[0][0])
+        for target in (probe.pts[i] for i in indices):
+            key = max((k for k in probe.keys if k <= target), default=probe.pts[0])
             if position is None or key > position:
                 container.seek(key, stream=stream)
                 frames = container.decode(stream)
             for frame in frames:
                 position = frame.pts
                 if position is not None and position >= target:
-                    pictures.append(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray())
+                    picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                    yield np.rot90(picture, frame.rotation // 90)
                     break
-    return pictures
 
 
 def _to_float(picture: np.ndarray, size: tuple[int, int] | None) -> torch.Tensor:
