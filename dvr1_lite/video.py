@@ -1,6 +1,6 @@
 r"""From an mp4 file to the patches that Qwen-VL's vision encoder reads (paper, appendix C).
 
-clip.mp4 -> `read_clip` (uniform sampling, decord or PyAV) -> frames (T, 3, H, W) in [0, 1] -> `patchify` -> patches (N, D)
+clip.mp4 -> `read_clip` (decord or PyAV) -> frames (T, 3, H, W) in [0, 1] -> `patchify` -> patches (N, D)
 """
 
 import math
@@ -272,9 +272,9 @@ def patchify(
     if missing := -len(frames) % temporal_patch_size:
         frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
     t, h, w = len(frames) // temporal_patch_size, height // patch_size, width // patch_size
-    blocks = frames.reshape(  # (t, time, colour, block row, row, y, block column, column, x)
-        t, temporal_patch_size, channels, h // merge_size, merge_size, patch_size, w // merge_size, merge_size, patch_size
-    )
+    rows, columns = (h // merge_size, merge_size, patch_size), (w // merge_size, merge_size, patch_size)
+    # (t, time, colour, block row, row, y, block column, column, x)
+    blocks = frames.reshape(t, temporal_patch_size, channels, *rows, *columns)
     patches = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1)
     return patches, torch.tensor([t, h, w])
 
