@@ -30,6 +30,7 @@ except (ImportError, OSError):
 
 BACKEND = "decord" if decord is not None else "pyav"
 MAX_FRAME_PIXELS = 8192 * 4320  # a header that claims more is taken for a broken file
+MAX_FPS = 1000
 # Real containers only: a playlist or a concat script would name other files for the decoder to open.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,ogg,asf,gif,h264,hevc"
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
@@ -156,8 +157,9 @@ def _timing(path: Path, entries: list[tuple[int, int, bool]], base, rate, width:
     pts = [entry[0] for entry in entries]
     length = entries[-1][1] or (1 / (rate * base) if rate else 0)  # webm gives its last packet no duration
     duration = float((pts[-1] - pts[0] + length) * base)
-    if not 0 < duration < math.inf:
-        raise ClipError(f"{path}: the video has no duration; encode it again with a frame rate")
+    at_once = len(pts) > 1 and pts[0] == pts[-1]
+    if at_once or not len(pts) / MAX_FPS <= duration < math.inf:
+        raise ClipError(f"{path}: the video has no duration, its frames have no times; encode it with a frame rate")
     starts = [float((p - pts[0]) * base) for p in pts]
     return Probe(starts, duration, width, height, pts, [p for p, _, is_key in entries if is_key])
 
