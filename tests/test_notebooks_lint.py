@@ -1,0 +1,163 @@
+"""What every notebook keeps to, so that nbval checks all of it and a reader finds nothing broken."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from urllib.parse import unquote
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")) + sorted((ROOT / "notebooks/solutions").glob("*.ipynb"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "notebooks").rglob("*.md")), *sorted((ROOT / "data").glob("*.md"))]
+PAGES = [page for page in PAGES if "my" not in page.relative_to(ROOT).parts]
+MAX_BYTES, MAX_CELLS, MAX_COLUMNS = 1_000_000, 60, 79
+MIMES = {"text/plain", "image/png"}  # of outputs; nbval compares the first, a reader sees both everywhere
+LINK = re.compile(r"\]\(([^()\s]+)\)|(?:src|href)=\"([^\"]+)\"")
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "notebooks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+save_outputs = load("save_outputs")
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in read(path).cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def printed(cell: nbformat.NotebookNode) -> str:
+    return "".join(output.get("text", "") for output in cell.outputs if output.output_type == "stream")
+
+
+def broken_links(text: str, folder: Path) -> list[str]:
+    links = [a or b for a, b in LINK.findall(re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S))]
+    local = [unquote(link.split("#")[0]) for link in links if not re.match(r"https?:|mailto:|#|data:|attachment:", link)]
+    return [link for link in local if not (folder / link).exists()]
+
+
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.relative_to(ROOT / "notebooks").as_posix())
+
+
+@each
+def test_is_valid_and_small(path):
+    nbformat.validate(read(path))
+    assert path.stat().st_size <= MAX_BYTES
+    assert len(read(path).cells) <= MAX_CELLS
+
+
+@each
+def test_was_run_from_top_to_bottom(path):
+    counts = [cell.execution_count for cell in code_cells(path)]
+    assert counts == list(range(1, len(counts) + 1)), "run notebooks/save_outputs.py: nbval skips cells without a count"
+
+
+@each
+def test_no_stored_error_and_only_plain_outputs(path):
+    for cell in code_cells(path):
+        for output in cell.outputs:
+            assert output.output_type != "error", cell.source
+            assert output.get("name") != "stderr", f"a warning is stored under: {cell.source}"
+            assert set(output.get("data", {})) <= MIMES, cell.source
+
+
+@each
+def test_code_lines_fit_a_laptop(path):
+    long = [line for cell in code_cells(path) for line in cell.source.split("\n") if len(line) > MAX_COLUMNS]
+    assert long == []
+
+
+@each
+def test_every_figure_has_an_assert_or_a_number(path):
+    cells = code_cells(path)
+    for cell, following in zip(cells, cells[1:] + [None]):
+        if any("image/png" in output.get("data", {}) for output in cell.outputs):
+            pair = [cell] + ([following] if following is not None else [])
+            assert any(re.search(r"\bassert\b", c.source) or re.search(r"\d", printed(c)) for c in pair), cell.source
+
+
+@each
+def test_relative_links_resolve(path):
+    text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    assert broken_links(text, path.parent) == []
+
+
+@each
+def test_badge_and_setup_cell_hold_the_one_address(path):
+    notebook, source = read(path), read(path)
+    save_outputs.write_address(source, path)
+    assert [cell.source for cell in notebook.cells] == [cell.source for cell in source.cells]
+    setup = [cell.source for cell in notebook.cells if "setup" in cell.metadata.get("tags", [])]
+    assert len(setup) == 1 and all(f'"{value}"' in setup[0] for value in save_outputs.address().values())
+
+
+@each
+def test_metadata_hold_nothing_of_the_machine(path):
+    notebook, cleaned = read(path), read(path)
+    save_outputs.clean(cleaned)
+    assert notebook == cleaned, "run notebooks/save_outputs.py"
+
+
+@each
+def test_has_a_solution_or_is_one(path):
+    assert path.parent.name == "solutions" or (path.parent / "solutions" / path.name).exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_of_pages_resolve(page):
+    assert broken_links(page.read_text(encoding="utf-8"), page.parent) == []
+
+
+def test_the_link_check_finds_a_broken_one(tmp_path):
+    (tmp_path / "there.md").write_text("")
+    text = '[a](there.md) [b](gone.md#part) [c](https://example.org/x) <img src="gone.png"> `[d](code.md)` [e](#here)'
+    assert broken_links(text, tmp_path) == ["gone.md", "gone.png"]
+
+
+def test_the_address_stands_in_one_place_and_the_others_agree():
+    repository, tag = save_outputs.address()["repository"], save_outputs.address()["tag"]
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f'repository-code: "{repository}"' in citation
+    assert f"version: {tag.removeprefix('v')}\n" in citation
+    for link in re.findall(r"https://colab\.research\.google\.com/github/[^)\s]+", (ROOT / "README.md").read_text()):
+        path = ROOT / link.split(f"/blob/{tag}/")[-1]
+        assert f"({link})" in save_outputs.badge(path) and path.exists()
+
+
+def test_ci_runs_the_command_of_the_readme():
+    command = (ROOT / ".ci/run").read_text(encoding="utf-8").rstrip().rsplit("\n", 1)[-1]
+    assert command == "python -m pytest"
+    assert f"pip install -r requirements.txt && {command}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_saving_keeps_hidden_outputs_and_drops_times():
+    cell = nbformat.v4.new_code_cell("1", metadata={"jupyter": {"outputs_hidden": True}, "execution": {"started": "x"}})
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"language_info": {"name": "python", "version": "3.11"}})
+    save_outputs.clean(notebook)
+    assert notebook.cells[0].metadata == {"jupyter": {"outputs_hidden": True}}
+    assert "version" not in notebook.metadata.language_info
+
+
+def test_install_missing_leaves_torch_and_what_is_there_alone():
+    find_missing = load("install_missing").missing
+    found = {"peft": "0.21.0", "transformers": "5.3.0", "numpy": "2.4.0"}
+    text = "# why\ntorch>=99\npeft>=0.18,<1\ntransformers>=5.4,<6\nav>=14\nnumpy>=2\npytest>=8\nnone>=1; python_version<'3'"
+    assert find_missing(text, found.get) == ["transformers<6,>=5.4", "av>=14"]
+
+
+def test_copies_for_readers_carry_no_outputs():
+    if not NOTEBOOKS:
+        pytest.skip("no notebook yet")
+    copy = load("copy_to_my").without_outputs(NOTEBOOKS[0])
+    assert all(not cell.outputs and cell.execution_count is None for cell in copy.cells if cell.cell_type == "code")
