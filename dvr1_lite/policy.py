@@ -12,6 +12,7 @@ Axes: B groups, G completions of a group, T completion tokens, P prompt tokens, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import logging
@@ -171,14 +172,68 @@ class _Recorder:
         return keys, values
 
 
+@dataclass(frozen=True)
+class Packing:
+    r"""N completions of different lengths without their padding: all M real tokens stand in one row, (1, M, ...).
+
+    Linear layers, norms and the rotary embedding work on the packed row; attention alone unpacks it to (N, L).
+    index (M,): the place of each real token in the N x L rectangle, row by row.
+    """
+
+    index: torch.Tensor
+    rows: int
+    length: int
+
+    def unpack(self, x: torch.Tensor) -> torch.Tensor:
+        r"""(1, heads, M, D) to (N, heads, L, D), zeros in the padding."""
+        flat = x[0].transpose(0, 1)  # (M, heads, D)
+        room = flat.new_zeros(self.rows * self.length, *flat.shape[1:])
+        return room.index_copy(0, self.index, flat).unflatten(0, (self.rows, self.length)).transpose(1, 2)
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        r"""(N, L, ...) to (1, M, ...)."""
+        return x.flatten(0, 1).index_select(0, self.index)[None]
+
+
 class _Prepender:
     r"""Stands in for transformers' cache in the completion forward: puts a group's prefix before each completion."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, copies: int):
-        self.prefix, self.copies = (keys, values), copies
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, copies: int, packing: Packing):
+        self.prefix, self.copies, self.packing = (keys, values), copies, packing
 
-    def update(self, *new, **_) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
+        new = [self.packing.unpack(x) for x in (keys, values)]
         return tuple(torch.cat([spread(old, self.copies), x], dim=2) for old, x in zip(self.prefix, new))
+
+
+def _eager(module, query, key, value, mask, *, scaling: float, **_):
+    r"""softmax(q k' / sqrt(d)) v, written out; one key head serves several query heads."""
+    key, value = (spread(x.flatten(0, 1), query.shape[1] // x.shape[1]).unflatten(0, query.shape[:2])
+                  for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * scaling
+    if mask is None and query.shape[2] > 1:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
+    return (scores.softmax(dim=-1) @ value).transpose(1, 2), None
+
+
+def _register_attention(name: str) -> str:
+    r"""Makes transformers' layers call attention `name` on unpacked completions; returns the name to configure."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    inner = {"sdpa": sdpa_attention_forward, "eager": _eager}[name]
+
+    def attend(module, query, key, value, mask, packing: Packing | None = None, **kwargs):
+        if packing is None:
+            return inner(module, query, key, value, mask, **kwargs)
+        out, _ = inner(module, packing.unpack(query), key, value, mask, **kwargs)  # (N, L, heads, D)
+        return packing.pack(out), None
+
+    AttentionInterface.register(f"shared_prefix_{name}", attend)
+    AttentionMaskInterface.register(f"shared_prefix_{name}", sdpa_mask)
+    return f"shared_prefix_{name}"
 
 
 def spread(x: torch.Tensor, copies: int) -> torch.Tensor:
@@ -217,6 +272,11 @@ class Prefix:
                       self.next_position[rows])
 
 
+def _layer(layer, hidden, mask, rope, cache, packing):
+    out = layer(hidden, attention_mask=mask, position_embeddings=rope, past_key_values=cache, packing=packing)
+    return out[0] if isinstance(out, tuple) else out
+
+
 class Policy:
     r"""A video LLM with an adapter: encodes clips, builds prompts, and gives log-probs and exact gradients.
 
@@ -225,10 +285,11 @@ class Policy:
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer, preprocessing: dict, *, path: str, quantization: str,
-                 gradient_checkpointing: bool = False, max_feature_bytes: int = 2**28, after_video: str = "grid"):
+                 gradient_checkpointing: bool = False, max_feature_bytes: int = 2**28, merge_bytes: int = 2**28,
+                 after_video: str = "grid"):
         self.model, self.tokenizer, self.preprocessing, self.path = model, tokenizer, preprocessing, path
         self.quantization, self.gradient_checkpointing = quantization, gradient_checkpointing
-        self.after_video = after_video
+        self.merge_bytes, self.after_video = merge_bytes, after_video
         self.features = FeatureCache(max_feature_bytes)
         self.core = model.get_base_model() if hasattr(model, "peft_config") else model
         self.language, self.visual = self.core.model.language_model, self.core.model.visual
@@ -246,15 +307,15 @@ class Policy:
     @classmethod
     def load(cls, path: str | Path, *, quantization: str = "none", lora: LoraSettings | None = None,
              adapter: str | Path | None = None, dtype: str = "float32", device: str = "cpu", attention: str = "sdpa",
-             gradient_checkpointing: bool = False, max_feature_bytes: int = 2**28, local_files_only: bool = False,
-             after_video: str = "grid") -> Policy:
+             gradient_checkpointing: bool = False, max_feature_bytes: int = 2**28, merge_bytes: int = 2**28,
+             local_files_only: bool = False, after_video: str = "grid") -> Policy:
         r"""Loads a Qwen2-VL or Qwen2.5-VL checkpoint from a folder or the hub; safetensors only, no remote code.
 
         quantization: "none" or "nf4" (double quantisation; language-model linear layers only). lora: new adapters, or
         None for a frozen model; adapter: a folder in peft's format instead, trainable again. dtype: of the frozen
-        weights and the computation; adapters are at least float32. attention: "sdpa", "eager" or "flash_attention_2".
+        weights and the computation; adapters are at least float32. attention: "sdpa" (torch's fused kernels) or "eager" (written out).
         gradient_checkpointing: recompute each layer in the backward pass; exact, slower, less memory.
-        after_video: see `rope_positions`. Raises ModelError naming what cannot be loaded and the remedy.
+        max_feature_bytes: see `FeatureCache`; merge_bytes: see `merged`; after_video: see `rope_positions`. Raises ModelError naming what cannot be loaded and the remedy.
         """
         _check_options(quantization, dtype, device, attention, after_video)
         config = _load_config(path, local_files_only)
@@ -269,7 +330,7 @@ class Policy:
             model = _new_adapter(model, lora, str(path))
         return cls(model, tokenizer, preprocessing, path=str(path), quantization=quantization,
                    gradient_checkpointing=gradient_checkpointing, max_feature_bytes=max_feature_bytes,
-                   after_video=after_video)
+                   merge_bytes=merge_bytes, after_video=after_video)
 
     def save_adapter(self, folder: str | Path) -> None:
         r"""Writes adapter_config.json (with the base model's path) and adapter_model.safetensors in peft's format."""
@@ -280,6 +341,34 @@ class Policy:
     def trainable(self) -> list[torch.nn.Parameter]:
         r"""The parameters that an optimizer may change, in the model's order."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @contextlib.contextmanager
+    def merged(self) -> Iterator[None]:
+        r"""Within it, linear layers use a dense copy of their weights with the adapter added: for sampling only.
+
+        Decoding reads every weight once a token; dequantising it and adding the adapter's two products each time would
+        cost more than the product itself. The copies are made once a sampling pass and dropped after it, only where
+        they fit `merge_bytes` and nothing is lost by rounding (float32 or float64); the model stays as it is.
+        """
+        dense = {} if torch.is_grad_enabled() else self._merged_weights()
+        try:
+            for linear, forward in dense.items():
+                linear.forward = forward
+            yield
+        finally:
+            for linear in dense:
+                del linear.forward
+
+    def _merged_weights(self) -> dict[torch.nn.Module, Callable]:
+        linears = [getattr(block, name) for layer in self.language.layers for block, names in
+                   ((layer.self_attn, ("q_proj", "k_proj", "v_proj", "o_proj")),
+                    (layer.mlp, ("gate_proj", "up_proj", "down_proj"))) for name in names]
+        linears = [linear for linear in linears if type(linear) is not torch.nn.Linear]  # plain ones are dense
+        dtype = self.language.embed_tokens.weight.dtype
+        size = sum(linear.in_features * linear.out_features for linear in linears) * dtype.itemsize
+        if dtype not in (torch.float32, torch.float64) or size > self.merge_bytes:
+            return {}
+        return {linear: functools.partial(_dense_forward, _dense_weight(linear), linear.bias) for linear in linears}
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
@@ -323,7 +412,7 @@ class Policy:
         Raises RecordError if the text itself spells one of the model's control tokens, ModelError if the template
         does not place the visual parts.
         """
-        for word in (*NEVER_SAMPLED, self.tokenizer.eos_token):
+        for word in (*NEVER_SAMPLED, self.tokenizer.eos_token, self.tokenizer.pad_token):
             if word in text:
                 raise RecordError(f"the question contains the control token {word}: remove it ({text[:80]!r})")
         content = [*({"type": part.kind} for part in features.parts), {"type": "text", "text": text}]
@@ -380,18 +469,18 @@ class Policy:
         r"""Cosines and sines (B, L, head size) at positions (3, B, L)."""
         return self.language.rotary_emb(self.language.norm.weight, positions)
 
-    def _layer(self, layer, hidden, mask, rope, cache):
-        out = layer(hidden, attention_mask=mask, position_embeddings=rope, past_key_values=cache)
-        return out[0] if isinstance(out, tuple) else out
+    def run(self, hidden: torch.Tensor, rope, mask: torch.Tensor | None, caches: list,
+            packing: Packing | None = None) -> torch.Tensor:
+        r"""Embeddings (N, L, H) through all layers, each with its own cache, to the final normed states (N, L, H).
 
-    def run(self, hidden: torch.Tensor, rope, mask: torch.Tensor | None, caches: list) -> torch.Tensor:
-        r"""Embeddings (N, L, H) through all layers, each with its own cache, to the final normed states (N, L, H)."""
+        Checkpointing is done here: transformers' own drops the cache, and with it the prompt.
+        """
         for layer, cache in zip(self.language.layers, caches):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(self._layer, layer, hidden, mask, rope, cache, use_reentrant=False,
+                hidden = checkpoint(_layer, layer, hidden, mask, rope, cache, packing, use_reentrant=False,
                                     preserve_rng_state=False)
             else:
-                hidden = self._layer(layer, hidden, mask, rope, cache)
+                hidden = _layer(layer, hidden, mask, rope, cache, packing)
         return self.language.norm(hidden)
 
     def prefill(self, prompts: list[Prompt]) -> Prefix:
@@ -434,22 +523,32 @@ class Policy:
         return torch.log_softmax((logits / temperature).masked_fill(self.banned, -math.inf), dim=-1)
 
     def _completion_logp(self, prefix: Prefix, ids: torch.Tensor, mask: torch.Tensor, temperature: float):
-        r"""Log-probs (B, G, T) of completions ids (B, G, T) after B prefixes; 0 where mask is False."""
-        groups, copies, _ = ids.shape
+        r"""Log-probs (B, G, T) of completions ids (B, G, T) after B prefixes; 0 where mask is False.
+
+        The first token is predicted by the prompt's last state, once per group; every later one by the token before
+        it. So the last token of a completion is predicted but never read.
+        """
+        copies = ids.shape[1]
         length = int(mask.flatten(0, 1).any(0).sum())  # columns beyond the longest completion cost nothing
-        inputs = ids[:, :, :length - 1].flatten(0, 1)  # the last token is predicted, never read
-        states = spread(prefix.last, copies)[:, None]  # (B * G, 1, H)
-        if inputs.shape[1]:
-            steps = torch.arange(inputs.shape[1], device=self.device)
-            positions = (prefix.next_position[:, None] + steps).expand(3, -1, -1)
-            rope = tuple(spread(x, copies) for x in self.rotary(positions))
-            caches = [_Prepender(k, v, copies) for k, v in zip(prefix.keys, prefix.values)]
-            seen = self._completion_mask(prefix, copies, inputs.shape[1])
-            after = self.run(self.language.embed_tokens(inputs), rope, seen, caches)
-            states = torch.cat([states, after], dim=1)
-        valid = mask.flatten(0, 1)[:, :length]
-        values = self.token_logp(states[valid], ids.flatten(0, 1)[:, :length][valid], temperature)
-        return values.new_zeros(ids.shape).masked_scatter(mask, values)
+        first = self.log_softmax(prefix.last, temperature).gather(-1, ids[:, :, 0])  # (B, G)
+        columns = [first[..., None]]
+        read = mask[:, :, 1:length].flatten(0, 1)  # (N, L): token t is read where token t + 1 is predicted
+        if read.any():
+            packing = Packing(read.flatten().nonzero().squeeze(-1), *read.shape)
+            states = self._read_completions(prefix, ids[:, :, :length - 1].flatten(0, 1), copies, packing)
+            later = self.token_logp(states, packing.pack(ids[:, :, 1:length].flatten(0, 1))[0], temperature)
+            room = later.new_zeros(read.numel()).index_copy(0, packing.index, later)
+            columns.append(room.view(*ids.shape[:2], -1))
+        return F.pad(torch.cat(columns, dim=-1), (0, ids.shape[2] - length)).masked_fill(~mask, 0.0)
+
+    def _read_completions(self, prefix: Prefix, tokens: torch.Tensor, copies: int, packing: Packing) -> torch.Tensor:
+        r"""Final states (M, H) at the packed ones of tokens (N, L), each row after its group's prefix."""
+        steps = torch.arange(packing.length, device=self.device)
+        positions = packing.pack(spread(prefix.next_position[:, None] + steps, copies))  # (1, M)
+        caches = [_Prepender(k, v, copies, packing) for k, v in zip(prefix.keys, prefix.values)]
+        hidden = self.run(self.language.embed_tokens(packing.pack(tokens)), self.rotary(positions.expand(3, -1, -1)),
+                          self._completion_mask(prefix, copies, packing.length), caches, packing)
+        return hidden[0]
 
     def _completion_mask(self, prefix: Prefix, copies: int, length: int) -> torch.Tensor:
         r"""What each completion token may see: the real prompt tokens and the completion up to itself."""
@@ -526,6 +625,24 @@ class Policy:
         return ids.masked_fill(~mask, self.end_id), mask
 
 
+def _dense_forward(weight, bias, x, *_, **__):
+    return F.linear(x, weight, bias)
+
+
+def _dense_weight(linear: torch.nn.Module) -> torch.Tensor:
+    r"""The weight (out, in) that a linear layer stands for: dequantised, and with its adapter unless that is off."""
+    adapted = hasattr(linear, "get_base_layer")
+    weight = (linear.get_base_layer() if adapted else linear).weight
+    if getattr(weight, "quant_state", None) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(weight.data, weight.quant_state)
+    if adapted and not linear.disable_adapters:
+        for name in linear.active_adapters:
+            weight = weight + linear.get_delta_weight(name)
+    return weight
+
+
 def rectangles(groups: int, copies: int, micro_batch: int | None) -> Iterator[tuple[slice, slice]]:
     r"""Cuts B x G completions into blocks of at most `micro_batch`: whole groups where they fit, else parts of one."""
     size = groups * copies if micro_batch is None else micro_batch
@@ -561,7 +678,7 @@ def _check_finite(logp: torch.Tensor, prompts: list[Prompt]) -> None:
 
 def _check_options(quantization: str, dtype: str, device: str, attention: str, after_video: str) -> None:
     choices = {"quantization": (quantization, ("none", "nf4")), "dtype": (dtype, tuple(DTYPES)),
-               "attention": (attention, ("sdpa", "eager", "flash_attention_2")),
+               "attention": (attention, ("sdpa", "eager")),
                "after_video": (after_video, ("grid", "max"))}
     for name, (value, allowed) in choices.items():
         if value not in allowed:
@@ -572,9 +689,6 @@ def _check_options(quantization: str, dtype: str, device: str, attention: str, a
     if quantization == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError("quantization: nf4 needs bitsandbytes, which is not installed (some platforms have no "
                          "wheel): pip install bitsandbytes, or run with quantization: none")
-    if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        raise ModelError("attention: flash_attention_2 needs the package flash-attn: install it, or use "
-                         "attention: sdpa")
     _check_device(torch.device(device), dtype)
 
 
@@ -599,25 +713,29 @@ def _is_folder(path: str | Path) -> bool:
 
 
 @contextlib.contextmanager
-def _hub_errors(path: str | Path) -> Iterator[None]:
-    r"""Turns what transformers raises for a missing, gated or unreachable checkpoint into one ModelError."""
+def _load_errors(path: str | Path) -> Iterator[None]:
+    r"""Turns what a missing, gated, unreachable or broken checkpoint raises into one ModelError with its remedy."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
-        causes, current = [], error
-        while current is not None:
-            causes.append(f"{type(current).__name__}: {current}".lower())
-            current = current.__cause__ or current.__context__
-        told = " ".join(causes)
-        if "gated" in told or "401" in told or "403" in told:
-            why = "is gated or private: accept its terms on the hub and log in with `hf auth login`"
-        elif any(word in told for word in ("connect", "offline", "localentrynotfound", "resolve", "timed out")):
-            why = "cannot be fetched, the hub is out of reach: download it elsewhere and give the local folder instead"
-        elif "not a valid model identifier" in told or "404" in told or "repositorynotfound" in told:
-            why = "does not exist on the hub: check the id, or give a local folder"
-        else:
-            why = f"cannot be loaded: {error}"
-        raise ModelError(f"model {path} {why}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"model {path} {_why_not_loaded(error)}") from error
+
+
+def _why_not_loaded(error: BaseException) -> str:
+    told, current = "", error
+    while current is not None:  # transformers wraps what the hub's client raised
+        told += f" {type(current).__name__} {current}".lower()
+        current = current.__cause__ or current.__context__
+    if "gatedrepo" in told or "gated repo" in told:
+        return "is gated: accept its terms on the hub and log in with `hf auth login`, or give a local folder"
+    if "repositorynotfound" in told or "not a valid model identifier" in told:
+        return "is neither a local folder nor on the hub: check the name, or log in if it is private"
+    if any(word in told for word in ("connect", "offline", "localentrynotfound", "timed out", "timeout")):
+        return "is no local folder, and the hub is out of reach: download it elsewhere and give its folder instead"
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"cannot be loaded ({first}): download or write it again, complete with tokenizer and safetensors"
 
 
 def _load_config(path: str | Path, local_files_only: bool):
@@ -631,33 +749,50 @@ def _load_config(path: str | Path, local_files_only: bool):
         if not any(folder.glob("*.safetensors")):
             raise ModelError(f"model folder {path} holds no weights (*.safetensors): download the checkpoint again, "
                              f"or convert pickled weights to safetensors")
-    with _hub_errors(path):
+    with _load_errors(path):
         config = AutoConfig.from_pretrained(path, local_files_only=local_files_only, trust_remote_code=False)
     if config.model_type not in FAMILIES:
         raise ModelError(f"model {path} is a {config.model_type}: choose one of {', '.join(FAMILIES)}")
+    if getattr(config.text_config, "use_sliding_window", False):
+        raise ModelError(f"model {path} has sliding-window attention, which a shared prefix does not keep: set "
+                         f"use_sliding_window to false in its config.json")
     return config
 
 
 def _load_weights(path, config, quantization, dtype, device, attention, local_files_only):
     import transformers
 
-    options = {"config": config, "dtype": DTYPES[dtype], "attn_implementation": attention, "use_safetensors": True,
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional kernel is missing
+    options = {"config": config, "dtype": DTYPES[dtype], "attn_implementation": "sdpa", "use_safetensors": True,
                "local_files_only": local_files_only, "trust_remote_code": False}
     if quantization == "nf4":
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional kernel is missing
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=DTYPES[dtype], llm_int8_skip_modules=["visual", "lm_head"])
         options["device_map"] = {"": device}
-    with _hub_errors(path):
+    with _load_errors(path), _no_progress_bar():
         model = getattr(transformers, FAMILIES[config.model_type]).from_pretrained(path, **options)
+    model.model.language_model.config._attn_implementation = _register_attention(attention)
     return model if quantization == "nf4" else model.to(device)
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging as hf_logging
+
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def _load_tokenizer(path: str | Path, local_files_only: bool):
     from transformers import AutoTokenizer
 
-    with _hub_errors(path):
+    with _load_errors(path):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local_files_only, trust_remote_code=False)
     template = _read_json(path, "chat_template.json", local_files_only).get("chat_template")
     if template:  # a processor's template knows videos; the tokenizer's own may not
@@ -682,7 +817,7 @@ def _load_preprocessing(path: str | Path, config, local_files_only: bool) -> dic
 def _read_json(path: str | Path, name: str, local_files_only: bool) -> dict:
     from transformers.utils import cached_file
 
-    with _hub_errors(path):
+    with _load_errors(path):
         found = cached_file(str(path), name, local_files_only=local_files_only,
                             _raise_exceptions_for_missing_entries=False,
                             _raise_exceptions_for_connection_errors=False)
@@ -710,6 +845,6 @@ def _load_adapter(model, folder: Path):
                              f"format with safetensors")
     try:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise ModelError(f"adapter {folder} does not fit the model: load it on the base model that its "
-                         f"adapter_config.json names ({error})") from error
+    except Exception as error:  # torch, peft and safetensors each have their own
+        raise ModelError(f"adapter {folder} does not fit the model or is broken: load it on the base model that its "
+                         f"adapter_config.json names ({str(error).splitlines()[0]})") from error

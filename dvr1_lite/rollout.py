@@ -7,6 +7,7 @@ leave the batch, so a few long completions do not make the short ones pay.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -107,10 +108,8 @@ def sample_groups(policy: Policy, prompts: list[Prompt], group_size: int, max_ne
         raise ConfigError(f"temperature is {temperature}: give a positive number, or choose greedy decoding")
     if group_size < 1 or max_new_tokens < 1:
         raise ConfigError(f"group_size is {group_size} and max_new_tokens is {max_new_tokens}: both must be 1 or more")
-    if reference:
-        with policy.reference():
-            return _sample(policy, prompts, group_size, max_new_tokens, temperature, generator, greedy)
-    return _sample(policy, prompts, group_size, max_new_tokens, temperature, generator, greedy)
+    with policy.reference() if reference else contextlib.nullcontext(), policy.merged():
+        return _sample(policy, prompts, group_size, max_new_tokens, temperature, generator, greedy)
 
 
 def _sample(policy, prompts, group_size, max_new_tokens, temperature, generator, greedy) -> Rollout:
