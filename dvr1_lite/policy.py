@@ -661,7 +661,7 @@ def _differentiate(objective: Callable, logp: torch.Tensor) -> tuple[float, dict
         loss.backward()
     slope = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
     if not (bool(torch.isfinite(loss)) and bool(torch.isfinite(slope).all())):
-        raise NumericsError(f"the loss is {float(loss)} or its gradient is not finite: check the rewards, raise the "
+        raise NumericsError(f"the loss is {float(loss.detach())} or its gradient is not finite: check the rewards, raise the "
                             f"objective's epsilon or lower the learning rate")
     return float(loss.detach()), stats, slope
 
@@ -768,7 +768,7 @@ def _load_weights(path, config, quantization, dtype, device, attention, local_fi
     if quantization == "nf4":
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=DTYPES[dtype], llm_int8_skip_modules=["visual", "lm_head"])
+            bnb_4bit_compute_dtype=DTYPES[dtype], llm_int8_skip_modules=["model.visual", "visual", "lm_head"])
         options["device_map"] = {"": device}
     with _load_errors(path), _no_progress_bar():
         model = getattr(transformers, FAMILIES[config.model_type]).from_pretrained(path, **options)
