@@ -64,6 +64,7 @@ class Probe(NamedTuple):
     height: int
     pts: list[int]  # the same starts in the stream's own unit
     keys: list[int]  # pts of the frames that can be decoded without others
+    consistent: bool  # whether the header's frame count, if it has one, is what the packets say
 
 
 def frame_indices(total: int, num_frames: int) -> list[int]:
@@ -138,6 +139,7 @@ def probe_clip(path: str | os.PathLike) -> Probe:
             codec, base, rate = stream.codec_context, stream.time_base, stream.average_rate
             size = (codec.width, codec.height) if codec else (0, 0)
             packets = [p for p in container.demux(stream) if p.pts is not None and not p.is_discard]
+            consistent = stream.frames in (0, len(packets))
             end = max((entry.pos + entry.size for entry in getattr(stream, "index_entries", ())), default=0)
             if end > path.stat().st_size or any(packet.is_corrupt for packet in packets):
                 raise _undecodable(path, "its end is missing")
@@ -146,7 +148,7 @@ def probe_clip(path: str | os.PathLike) -> Probe:
         raise
     except Exception as error:
         raise _undecodable(path, error) from error
-    return _timing(path, entries, base, rate, *size)
+    return _timing(path, entries, base, rate, *size)._replace(consistent=consistent)
 
 
 def _timing(path: Path, entries: list[tuple[int, int, bool]], base, rate, width: int, height: int) -> Probe:
@@ -161,7 +163,7 @@ def _timing(path: Path, entries: list[tuple[int, int, bool]], base, rate, width:
     if at_once or not len(pts) / MAX_FPS <= duration < math.inf:
         raise ClipError(f"{path}: the video has no duration, its frames have no times; encode it with a frame rate")
     starts = [float((p - pts[0]) * base) for p in pts]
-    return Probe(starts, duration, width, height, pts, [p for p, _, is_key in entries if is_key])
+    return Probe(starts, duration, width, height, pts, [p for p, _, is_key in entries if is_key], True)
 
 
 def _check_file(path: Path) -> None:
@@ -209,8 +211,10 @@ def _decoder(backend: str | None):
 
 
 def _decode_decord(path: str, indices: list[int], probe: Probe) -> Iterator[np.ndarray]:
-    reader = decord.VideoReader(path, num_threads=1)
-    if len(reader) != len(probe.pts):  # decord also counts frames that an edit list cuts away
+    # decord allocates what the header claims, and a broken header ends the process; it also shows frames that an
+    # edit list cuts away. PyAV does neither.
+    reader = decord.VideoReader(path, num_threads=1) if probe.consistent else None
+    if reader is None or len(reader) != len(probe.pts):
         yield from _decode_pyav(path, indices, probe)
         return
     for index in indices:
