@@ -56,7 +56,8 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class VisualPart:
-    r"""One encoded video or image: embeds (V, H), detached; grid (t, h, w) in patches; seconds between two grid times."""
+    r"""One encoded video or image: embeds (V, H), detached; grid (t, h, w) in patches; seconds from one grid time to
+    the next."""
 
     kind: str
     embeds: torch.Tensor
@@ -237,7 +238,7 @@ def _register_attention(name: str) -> str:
 
 
 def spread(x: torch.Tensor, copies: int) -> torch.Tensor:
-    r"""Repeats every group's entry `copies` times: (B, ...) to (B * copies, ...). Its gradient is the sum over copies."""
+    r"""Repeats every group's entry `copies` times, (B, ...) to (B * copies, ...); the gradient sums over the copies."""
     return x.unsqueeze(1).expand(-1, copies, *x.shape[1:]).reshape(-1, *x.shape[1:])
 
 
@@ -313,9 +314,10 @@ class Policy:
 
         quantization: "none" or "nf4" (double quantisation; language-model linear layers only). lora: new adapters, or
         None for a frozen model; adapter: a folder in peft's format instead, trainable again. dtype: of the frozen
-        weights and the computation; adapters are at least float32. attention: "sdpa" (torch's fused kernels) or "eager" (written out).
-        gradient_checkpointing: recompute each layer in the backward pass; exact, slower, less memory.
-        max_feature_bytes: see `FeatureCache`; merge_bytes: see `merged`; after_video: see `rope_positions`. Raises ModelError naming what cannot be loaded and the remedy.
+        weights and the computation; adapters are at least float32. attention: "sdpa" (torch's fused kernels) or
+        "eager" (written out). gradient_checkpointing: recompute each layer in the backward pass (exact, slower, less
+        memory). max_feature_bytes: see `FeatureCache`; merge_bytes: see `merged`; after_video: see `rope_positions`.
+        Raises ModelError naming what cannot be loaded and the remedy.
         """
         _check_options(quantization, dtype, device, attention, after_video)
         config = _load_config(path, local_files_only)
@@ -505,7 +507,7 @@ class Policy:
         return Prefix([c.keys for c in caches], [c.values for c in caches], hidden[:, -1], real, following)
 
     def token_logp(self, hidden: torch.Tensor, ids: torch.Tensor, temperature: float) -> torch.Tensor:
-        r"""log p of tokens ids (N,) given the states before them (N, H); chunked so that few logits are held at once."""
+        r"""log p of tokens ids (N,) given the states before them (N, H); in chunks, so that few logits are held."""
         size = max(1, LOGIT_CHUNK // len(self.banned))
         if len(ids) <= size:
             return self._token_logp(hidden, ids, temperature)
@@ -661,8 +663,8 @@ def _differentiate(objective: Callable, logp: torch.Tensor) -> tuple[float, dict
         loss.backward()
     slope = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
     if not (bool(torch.isfinite(loss)) and bool(torch.isfinite(slope).all())):
-        raise NumericsError(f"the loss is {float(loss.detach())} or its gradient is not finite: check the rewards, raise the "
-                            f"objective's epsilon or lower the learning rate")
+        raise NumericsError(f"the loss is {float(loss.detach())} or its gradient is not finite: check the rewards, "
+                            f"raise the objective's epsilon or lower the learning rate")
     return float(loss.detach()), stats, slope
 
 
