@@ -197,7 +197,7 @@ class _NextGQA:
         names = [str(name) for name in (self.names.get(video), video) if name]
         folders = ("", "NExTVideo/", "videos/")
         paths = [row.path("video_id", f"{folder}{name}.mp4") for name in names for folder in folders]
-        return next((path for path in paths if path.exists()), paths[0])
+        return next((path for path in paths if os.path.exists(path)), paths[0])
 
 
 def _read_videochat_r1(row: "_Row") -> Record:
@@ -253,6 +253,10 @@ class _Row:
     def clean(self, name: str, text: str) -> str:
         if token := SPECIAL_TOKEN.search(text):
             raise self.error(name, f"holds the model's special token {token[0]}", "remove it from the text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can write "\ud800", which no tokenizer or file takes
+            raise self.error(name, "holds half of a two-part character", "write the whole character") from error
         return text.strip()
 
     def number(self, name: str, default: float | None) -> float | None:
@@ -540,7 +544,7 @@ def check_records(
             if path is not None and path not in seen:
                 seen[path] = _check_media(path, path == record.clip, num_frames, decode)
             if path is not None and isinstance(seen[path], str):
-                (report.undecodable if path.exists() else report.missing).append((record.record_id, seen[path]))
+                (report.undecodable if os.path.exists(path) else report.missing).append((record.record_id, seen[path]))
         duration = seen.get(record.clip)
         if record.spans and isinstance(duration, float):
             report.span_errors += [(record.record_id, text) for text in _span_problems(record, duration)]
