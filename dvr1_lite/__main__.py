@@ -1,0 +1,307 @@
+r"""The command line: `python -m dvr1_lite COMMAND`, each command one function; `COMMAND --help` lists its options.
+
+What a user can mend ends in one message on stderr and exit status 2.
+"""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .errors import ConfigError, UserError
+
+INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell
+
+
+class Parser(argparse.ArgumentParser):
+    r"""Reports a wrong option as a `ConfigError`, like every other mistake, and takes no abbreviations."""
+
+    def __init__(self, command: str, description: str):
+        super().__init__(prog=f"python -m dvr1_lite {command}", description=description, allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message: str):
+        raise ConfigError(f"{message}; `{self.prog} --help` lists the options")
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+def train_command(arguments: Sequence[str]) -> int:
+    r"""Train with reinforcement, evaluate before and after, and draw figures."""
+    from .config import load_config
+    from .training import quiet_libraries, train
+
+    config_file, resume, overrides = parse_training(arguments)
+    if resume is not None:
+        if config_file or overrides:
+            given = ", ".join(overrides) or "config"
+            raise ConfigError(f"--resume keeps the run's own config: leave out {given}")
+        if not (Path(resume) / "config.yaml").is_file():
+            raise ConfigError(f"{resume} holds no run to resume (no config.yaml): give the folder of an earlier --out")
+        config_file, overrides = Path(resume) / "config.yaml", {"out": str(resume)}
+    config = load_config(config_file, overrides)
+    quiet_libraries()
+    summary = train(config, resume=resume is not None)
+    if not summary["complete"]:
+        return INTERRUPTED
+    print(changes_table(summary))
+    print(f"{summary['rollouts']} rollouts, {summary['updates']} updates, "
+          f"{sum(summary['seconds'].get(k, 0) for k in ('total', 'evaluation_before', 'evaluation_after')):.0f} s, "
+          f"peak memory {summary['peak_memory_gb']:.1f} GB; everything is in {config.out}")
+    return 0
+
+
+def parse_training(arguments: Sequence[str]) -> tuple[str | None, str | None, dict]:
+    r"""(config file, folder to resume, overrides) of the train command; every field of the config is an option."""
+    from transformers import HfArgumentParser
+
+    from .config import TrainConfig, field_types, unknown_keys
+
+    class TrainParser(Parser, HfArgumentParser):
+        def __init__(self):
+            Parser.__init__(self, "train", train_command.__doc__)
+            self.dataclass_types = [TrainConfig]
+            self._add_dataclass_arguments(TrainConfig)
+
+    parser = TrainParser()
+    parser.add_argument("--config", metavar="FILE.yaml", help="Config file; options given here override it.")
+    parser.add_argument("--resume", metavar="DIR", help="Go on with the run in this folder.")
+    for action in parser._actions:
+        kind, optional = field_types().get(action.dest, (None, False))
+        if optional:
+            action.type = _or_none(kind)
+        if action.nargs == "+":
+            action.nargs = "*"
+    unset = object()
+    parsed, unknown = parser.parse_known_args(
+        arguments, argparse.Namespace(**{action.dest: unset for action in parser._actions if action.dest != "help"}))
+    for word in unknown:
+        unknown_keys([word.lstrip("-").partition("=")[0].replace("-", "_")], extra=("config", "resume"))
+    given = {name: value for name, value in vars(parsed).items() if value is not unset}
+    return given.pop("config", None), given.pop("resume", None), given
+
+
+def _or_none(kind: type) -> Callable[[str], object]:
+    def convert(text: str):
+        return None if text.lower() == "none" else kind(text)
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def changes_table(summary: dict) -> str:
+    r"""Accuracy before and after for each evaluation, with the paired change, all in per cent."""
+    lines = []
+    for name, change in summary["change"].items():
+        before, after = summary["before"][name], summary["after"][name]
+        low, high = (100 * bound for bound in change["ci95"])
+        lines.append(f"{name}: {100 * before['accuracy']:.1f} -> {100 * after['accuracy']:.1f} %, change "
+                     f"{100 * change['change']:+.1f} [{low:+.1f}, {high:+.1f}] points (95 %, paired, by clip; n = "
+                     f"{after['n']}), format {100 * after['format_rate']:.1f} %")
+    return "\n".join(lines) or "no evaluation files: nothing was evaluated"
+
+
+# --- evaluate and ask ------------------------------------------------------------------------------------------------
+
+
+def evaluate_command(arguments: Sequence[str]) -> int:
+    r"""Answer the questions of a file and report accuracy with intervals; continues what an earlier call began."""
+    from .data import read_records
+    from .evaluation import evaluate, summarise
+    from .files import write_atomically
+    from .paths import resolve
+    from .training import limited, versions
+
+    parser = Parser("evaluate", evaluate_command.__doc__)
+    _add_policy_options(parser)
+    parser.add_argument("--data", required=True, metavar="FILE", help="Records: JSONL, JSON or CSV.")
+    parser.add_argument("--data-root", metavar="DIR", help="Folder that clip paths start from; none: the file's own.")
+    parser.add_argument("--out", required=True, metavar="DIR", help="Where predictions.jsonl and summary.json go.")
+    parser.add_argument("--limit", type=int, default=0, help="Questions to draw, the same in every run; 0: all.")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the most probable token.")
+    parser.add_argument("--samples", type=int, default=1, help="Answers to each question.")
+    parser.add_argument("--batch", type=int, default=256, help="Questions answered together.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of sampling.")
+    options = parser.parse_args(arguments)
+    _check_counts(options)
+    out, started = Path(options.out), time.perf_counter()
+    records = limited(read_records(resolve(options.data), options.data_root), options.limit)
+    config, policy = _load(options)
+    _claim(out, {**vars(options), "out": None, "model": config.model})
+    rows = evaluate(policy, records, view=config.view(), max_new_tokens=config.max_new_tokens, batch=options.batch,
+                    temperature=options.temperature, seed=options.seed, samples=options.samples,
+                    out=out / "predictions.jsonl", progress=True)
+    summary = summarise(rows) | {"seconds": round(time.perf_counter() - started, 1), "seed": options.seed,
+                                 "versions": versions()}
+    write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    print(accuracy_table(summary))
+    return 0
+
+
+def accuracy_table(summary: dict) -> str:
+    r"""Accuracy in per cent with its interval, for all questions and by type, and what else was measured."""
+    rows = [("all", summary), *summary["by_type"].items()]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {100 * cell['accuracy']:5.1f} % [{100 * cell['ci95'][0]:.1f}, "
+             f"{100 * cell['ci95'][1]:.1f}]  n = {cell['n']}" for name, cell in rows]
+    lines.append(f"format {100 * summary['format_rate']:.1f} %, {summary['broken']} questions with a broken clip")
+    if "mean_iou" in summary:
+        recall = ", ".join(f"R@{m} {100 * share:.1f} %" for m, share in summary["recall"].items())
+        lines.append(f"mean IoU {summary['mean_iou']:.3f}, {recall}")
+    return "\n".join(lines)
+
+
+def ask_command(arguments: Sequence[str]) -> int:
+    r"""Ask the base model, or one that you trained, about a clip; prints its trace and its answer."""
+    from .data import Record, prompt_text
+    from .evaluation import see
+    from .rewards import parse_completion
+    from .rollout import sample_groups
+
+    parser = Parser("ask", ask_command.__doc__)
+    _add_policy_options(parser)
+    parser.add_argument("--clip", required=True, metavar="FILE", help="A video file.")
+    parser.add_argument("--question", required=True, help="What you want to know.")
+    parser.add_argument("--options", nargs="*", default=[], metavar="TEXT", help="Answers to choose from.")
+    options = parser.parse_args(arguments)
+    config, policy = _load(options)
+    record = Record("ask", options.question, tuple(options.options), "",
+                    "multiple choice" if options.options else "exact", "ask", Path(options.clip))
+    prompt = policy.prompt(prompt_text(record, instruction=config.instruction), see(policy, record, config.view()))
+    text = sample_groups(policy, [prompt], 1, config.max_new_tokens, greedy=True).texts[0][0]
+    found = parse_completion(text)
+    if not found.well_formed:
+        print(f"not in the form <think>...</think><answer>...</answer>: {text}")
+        return 0
+    spans = "".join(f", from {start} to {end} s" for start, end in found.spans or ())
+    print(f"trace:  {found.think}\nanswer: {found.answer}{spans}")
+    return 0
+
+
+def _add_policy_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter", metavar="DIR", help="Adapter that training wrote; none: the base model.")
+    parser.add_argument("--config", metavar="FILE.yaml", help="Config of model, frames and prompt; none: that of the "
+                        "run the adapter is from, or the defaults.")
+    parser.add_argument("--model", help="Base model; none: the config's.")
+    parser.add_argument("--device", help="cpu or cuda; none: the config's.")
+
+
+def _load(options: argparse.Namespace):
+    r"""The config that applies and the policy of `--adapter`, or the base model."""
+    from .config import load_config
+    from .training import load_policy, quiet_libraries
+
+    file = options.config
+    if file is None and options.adapter is not None:
+        above = [folder / "config.yaml" for folder in list(Path(options.adapter).resolve().parents)[:3]]
+        file = next((path for path in above if path.is_file()), None)
+    overrides = {name: getattr(options, name) for name in ("model", "device") if getattr(options, name) is not None}
+    config = load_config(file, overrides)
+    quiet_libraries()
+    return config, load_policy(config, options.adapter)
+
+
+def _check_counts(options: argparse.Namespace) -> None:
+    for name, least in (("limit", 0), ("temperature", 0), ("samples", 1), ("batch", 1), ("seed", 0)):
+        if not getattr(options, name) >= least:
+            raise ConfigError(f"--{name} is {getattr(options, name)}: give {least} or more")
+
+
+def _claim(out: Path, settings: dict) -> None:
+    r"""Marks a folder as that of one evaluation; refuses one that holds another. Raises `ConfigError`."""
+    from .files import make_folder, write_atomically
+
+    path = out / "evaluation.json"
+    if path.exists():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in settings if saved.get(name) != settings[name]]
+        if changed:
+            raise ConfigError(f"{out} holds an evaluation with another {', '.join(changed)}: give another --out")
+    elif out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty and holds no evaluation: give another --out")
+    make_folder(out)
+    write_atomically(path, json.dumps(settings, indent=2) + "\n")
+
+
+# --- data and pretrain -----------------------------------------------------------------------------------------------
+
+
+def data_command(arguments: Sequence[str]) -> int:
+    r"""Build ToyVideoQA, clips and records, from a seed."""
+    options = _seed_and_folder("data", data_command.__doc__, arguments)
+    from .toy import build_dataset
+
+    manifest = build_dataset(options.out, options.seed)
+    for name, split in manifest["splits"].items():
+        print(f"{name}: {split['questions']} questions on {split['clips']} clips")
+    return 0
+
+
+def pretrain_command(arguments: Sequence[str]) -> int:
+    r"""Build the tiny base model from a seed (minutes to an hour, on a CPU)."""
+    options = _seed_and_folder("pretrain", pretrain_command.__doc__, arguments)
+    from .pretraining import Recipe, pretrain
+
+    facts = pretrain(options.out, Recipe(seed=options.seed))
+    print(f"{facts['parameters']} parameters in {options.out}, {facts['minutes']} minutes")
+    return 0
+
+
+def _seed_and_folder(command: str, description: str, arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(command, description)
+    parser.add_argument("--seed", type=int, default=0, help="0 gives what the repository ships.")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="A new or empty folder.")
+    options = parser.parse_args(arguments)
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise ConfigError(f"{options.out} exists and is not empty: give another --out, or remove it first")
+    return options
+
+
+# --- all commands ----------------------------------------------------------------------------------------------------
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train_command, "evaluate": evaluate_command, "ask": ask_command, "data": data_command,
+    "pretrain": pretrain_command,
+}
+
+
+def usage() -> str:
+    r"""The commands and what each does."""
+    lines = [f"  {name:<10} {command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: python -m dvr1_lite COMMAND [options]", "", *lines, "",
+                      "`python -m dvr1_lite COMMAND --help` lists the options of a command."])
+
+
+def run(arguments: Sequence[str]) -> int:
+    r"""Runs one command; errors are raised."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        raise ConfigError(f"unknown command {name!r}: " + (f"did you mean {near[0]}?" if near else
+                                                          f"use one of {', '.join(COMMANDS)}"))
+    return COMMANDS[name](rest)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    r"""Runs one command and returns the exit status: 0, 2 for a mistake that the message explains, 130 after Ctrl-C."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    try:
+        return run(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
