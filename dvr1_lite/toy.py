@@ -6,8 +6,8 @@ A *scene* is a plain dict that fully decides a clip: eight moments of half a sec
 ========  ==========================================================  ==========================================
 scene     what happens                                                questions (held out for L3 in brackets)
 ========  ==========================================================  ==========================================
-parade    three or four shapes, one after another                     shape, order, backwards, grounding
-                                                                      [before, last]
+parade    three or four shapes, one after another, changing on the    shape, order, backwards, grounding
+          second                                                      [before, last]
 journey   one shape makes four moves, one a second                    direction, path, colour [return]
 signal    one shape stands still, the frame's border flashes          count, frames, colour [onset]
 ========  ==========================================================  ==========================================
@@ -30,6 +30,7 @@ MOMENTS = 8          # half a second each; a model that samples 8 frames sees on
 FRAMES_PER_MOMENT = 2
 FPS = 4
 MOMENT_SECONDS = FRAMES_PER_MOMENT / FPS
+SECONDS = int(MOMENTS * MOMENT_SECONDS)
 
 COLOURS = {"red": (214, 48, 44), "green": (52, 168, 66), "blue": (56, 92, 222),
            "yellow": (232, 206, 52), "purple": (150, 62, 178), "white": (236, 236, 236)}
@@ -55,12 +56,12 @@ class Environment:
 
 ENVIRONMENTS = {
     # the base model's fine-tuning sees the studio and the wide world, never the meadow or the harbour
-    "studio": Environment("plain", ((20, 60),) * 3, (0, 0), (1, 1, 1), 12, (0.8, 1.0), (0.95, 1.0), (9, 12)),
-    "wide": Environment("any", ((10, 120),) * 3, (0, 60), (1, 1, 1), 40, (0.35, 1.0), (0.6, 1.0), (8, 12)),
+    "studio": Environment("plain", ((20, 60),) * 3, (0, 0), (1, 1, 1), 12, (0.8, 1.0), (0.95, 1.0), (10, 13)),
+    "wide": Environment("any", ((10, 120),) * 3, (0, 60), (1, 1, 1), 40, (0.35, 1.0), (0.6, 1.0), (9, 13)),
     "meadow": Environment("noise", ((50, 90), (70, 110), (40, 80)), (30, 60), (0.95, 1.0, 0.8), 20,
-                          (0.4, 0.8), (0.75, 1.0), (8, 11)),
+                          (0.4, 0.8), (0.75, 1.0), (9.5, 12.5)),
     "harbour": Environment("stripes", ((30, 60), (40, 80), (70, 120)), (25, 55), (0.85, 0.95, 1.0), 20,
-                           (0.4, 0.8), (0.75, 1.0), (8, 11)),
+                           (0.4, 0.8), (0.75, 1.0), (9.5, 12.5)),
 }
 
 
@@ -69,19 +70,19 @@ ENVIRONMENTS = {
 def make_scene(rng: np.random.RandomState, kind: str, environment: str) -> dict:
     """Draws one scene of `kind` ("parade", "journey" or "signal") in the named environment. JSON-able."""
     world = ENVIRONMENTS[environment]
+    n = int(rng.randint(3, 5)) if kind == "parade" else 1
     scene = {"kind": kind, "environment": environment, "backdrop_seed": int(rng.randint(2**31 - 1)),
              "backdrop": world.backdrop if world.backdrop != "any" else str(rng.choice(["plain", "noise", "stripes"])),
              "base": [int(rng.randint(low, high + 1)) for low, high in world.base],
              "contrast": int(rng.randint(world.contrast[0], world.contrast[1] + 1)),
              "flash_opacity": _uniform(rng, world.flash), "opacity": _uniform(rng, world.opacity),
              "radius": _uniform(rng, world.radius), "flashes": []}
-    n = int(rng.randint(3, 5)) if kind == "parade" else 1
     shapes, colours = rng.permutation(SHAPES)[:n], rng.permutation(list(COLOURS))[:n]
     scene["objects"] = [{"shape": str(s), "colour": str(c), "rgb": _object_colour(rng, str(c), world)}
                         for s, c in zip(shapes, colours)]
     if kind == "parade":
-        cuts = sorted(rng.choice(np.arange(1, MOMENTS), n - 1, replace=False).tolist())
-        scene["bounds"] = [0, *map(int, cuts), MOMENTS]
+        cuts = sorted(rng.choice(np.arange(1, SECONDS), n - 1, replace=False).tolist())
+        scene["bounds"] = [0, *map(int, cuts), SECONDS]
         scene["places"] = [_place(rng) for _ in range(n)]
     elif kind == "journey":
         scene["moves"], scene["places"] = _journey(rng)
@@ -124,7 +125,7 @@ def moments_of(scene: dict) -> list[dict]:
     for m in range(MOMENTS):
         i = 0
         if scene["kind"] == "parade":
-            i = sum(m >= bound for bound in scene["bounds"][1:-1])
+            i = sum(m * MOMENT_SECONDS >= bound for bound in scene["bounds"][1:-1])
         place = scene["places"][m if scene["kind"] == "journey" else i]
         out.append({**scene["objects"][i], "place": place, "flash": m + 1 in scene["flashes"]})
     return out
@@ -206,8 +207,9 @@ WORDINGS = {  # the first wording is the one the base model knows well; the seco
     "direction": ("Which way does the {shape} move first?", "Tell me the first move of the {shape}."),
     "count": ("How many times does the light flash?", "Tell me the number of flashes."),
     "frames": ("At which moments does the light flash?", "Tell me the moments of all flashes."),
-    "order": ("Which shapes come one after another?", "Tell me the shapes in order."),
-    "backwards": ("Which shapes come one after another, from last to first?", "Tell me the shapes in reverse order."),
+    "order": ("Which shape is on screen in each second?", "Tell me the shapes second by second."),
+    "backwards": ("Which shape is on screen in each second, from last to first?",
+                  "Tell me the shapes second by second in reverse order."),
     "path": ("Which moves does the {shape} make one after another?", "Tell me the moves of the {shape} in order."),
     "grounding": ("When is the {shape} on screen and what colour is it?",
                   "Tell me the time and the colour of the {shape}."),
@@ -230,6 +232,18 @@ def numbered(words) -> str:
     return " ".join(f"{key} {word}" for key, word in zip(ORDINALS, words))
 
 
+def second_by_second(scene: dict) -> list[str]:
+    """The shape on screen, or the move made, in each of the four seconds."""
+    if scene["kind"] == "journey":
+        return scene["moves"]
+    return [moment["shape"] for moment in moments_of(scene)[::MOMENTS // SECONDS]]
+
+
+def watched(flashes: list[int], until: int = MOMENTS) -> str:
+    """"1 dark 2 flash 3 dark": the border, moment by moment."""
+    return " ".join(f"{m} {'flash' if m in flashes else 'dark'}" for m in range(1, until + 1))
+
+
 def _reversed_numbered(words) -> str:
     pairs = [f"{key} {word}" for key, word in zip(ORDINALS, words)]
     return "backwards " + " ".join(reversed(pairs))
@@ -246,6 +260,7 @@ def make_item(rng: np.random.RandomState, scene: dict, question_type: str) -> It
     """Asks `question_type` about the scene; wording, options and their order are drawn from `rng`."""
     objects = scene["objects"]
     shapes, moves = [o["shape"] for o in objects], scene.get("moves")
+    read = numbered(second_by_second(scene)) if question_type in ("order", "path", "before", "grounding") else ""
     at = int(rng.randint(len(objects)))
     if question_type == "before":
         at = int(rng.randint(1, len(objects)))
@@ -256,25 +271,25 @@ def make_item(rng: np.random.RandomState, scene: dict, question_type: str) -> It
         options, answer = _choices(rng, subject["colour"], COLOURS)
         trace = f"{subject['shape']} {subject['colour']} {answer}"
         if question_type == "grounding":
-            span = tuple(MOMENT_SECONDS * b for b in scene["bounds"][at:at + 2])
-            trace = f"{subject['shape']} from {span[0]} to {span[1]} {subject['colour']} {answer}"
+            span = tuple(float(b) for b in scene["bounds"][at:at + 2])
+            trace = f"{read} {subject['shape']} from {span[0]} to {span[1]} {subject['colour']} {answer}"
     elif question_type in ("shape", "last", "before"):
         value = {"shape": shapes[0], "last": shapes[-1], "before": shapes[at - 1]}[question_type]
         options, answer = _choices(rng, value, SHAPES)
-        lead = {"shape": "first", "last": "last", "before": f"{numbered(shapes)} before"}[question_type]
+        lead = {"shape": "first", "last": "last", "before": f"{read} before"}[question_type]
         trace = f"{lead} {value} {answer}"
     elif question_type == "direction":
         options, answer = _choices(rng, moves[0], MOVES)
         trace = f"first {moves[0]} {answer}"
     elif question_type in ("count", "frames", "onset"):
         flashes = [str(m) for m in scene["flashes"]]
-        trace = numbered(flashes if question_type != "onset" else flashes[:1])
+        trace = watched(scene["flashes"], scene["flashes"][0] if question_type == "onset" else MOMENTS)
         answer = {"count": str(len(flashes)), "frames": " ".join(flashes), "onset": flashes[0]}[question_type]
         kind = "exact" if question_type == "frames" else "numerical"
     else:
-        words = shapes if question_type in ("order", "backwards") else moves
+        words = second_by_second(scene)
         backwards = question_type in ("backwards", "return")
-        trace = _reversed_numbered(words) if backwards else numbered(words)
+        trace = _reversed_numbered(words) if backwards else read
         answer = " ".join(reversed(words) if backwards else words)
     if options:
         kind = "grounding" if span else "multiple choice"
