@@ -262,11 +262,49 @@ def _seed_and_folder(command: str, description: str, arguments: Sequence[str]) -
     return options
 
 
+# --- reproduce and report --------------------------------------------------------------------------------------------
+
+
+def reproduce_command(arguments: Sequence[str]) -> int:
+    r"""Make the runs of a table of the paper, with seeds; goes on where an earlier call stopped."""
+    from .experiments import EXPERIMENTS, GROUPS, reproduce, rerun
+
+    parser = Parser("reproduce", reproduce_command.__doc__)
+    parser.add_argument("name", nargs="?", metavar="NAME", help=f"One of {', '.join([*EXPERIMENTS, *GROUPS])}.")
+    parser.add_argument("--seeds", type=int, help="Runs of each row; none: what the protocol says.")
+    parser.add_argument("--jobs", type=int, default=1, help="Runs made at the same time, one core each.")
+    parser.add_argument("--quick", action="store_true", help="One seed, a few steps and questions: does it work?")
+    parser.add_argument("--out", default="data/results", metavar="DIR", help="Where results are recorded.")
+    parser.add_argument("--rerun", metavar="FILE.json", help="Make this recorded run again, below runs/, and compare.")
+    options = parser.parse_args(arguments)
+    for name in ("seeds", "jobs"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(options, name)}: give 1 or more")
+    if (options.name is None) == (options.rerun is None):
+        raise ConfigError("give the NAME of an experiment or --rerun FILE.json, and not both")
+    if options.rerun:
+        return 0 if rerun(options.rerun, Path("runs") / "rerun") else 1
+    return 1 if reproduce(options.name, options.out, options.seeds, options.jobs, options.quick) else 0
+
+
+def report_command(arguments: Sequence[str]) -> int:
+    r"""Draw recorded results beside the published figures; trains nothing."""
+    from .report import report
+
+    parser = Parser("report", report_command.__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="Experiments; none: all that have results.")
+    parser.add_argument("--out", default="data/results", metavar="DIR", help="Where results are recorded.")
+    options = parser.parse_args(arguments)
+    written = report(options.names, options.out)
+    print("\n".join(str(path) for path in written))
+    return 0
+
+
 # --- all commands ----------------------------------------------------------------------------------------------------
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train_command, "evaluate": evaluate_command, "ask": ask_command, "data": data_command,
-    "pretrain": pretrain_command,
+    "pretrain": pretrain_command, "reproduce": reproduce_command, "report": report_command,
 }
 
 
