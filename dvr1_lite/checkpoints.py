@@ -128,8 +128,9 @@ def restore_random(checkpoint: Checkpoint, generators: dict[str, torch.Generator
     for name, generator in generators.items():
         generator.set_state(checkpoint.rng[name])
     torch.set_rng_state(checkpoint.rng["global"])
-    if checkpoint.rng["cuda"] and torch.cuda.is_available() and len(checkpoint.rng["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(checkpoint.rng["cuda"])
+    cuda = checkpoint.rng["cuda"]
+    if cuda and torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cuda)
     version, numbers, gauss = checkpoint.state["python_rng"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = checkpoint.state["numpy_rng"]

@@ -105,7 +105,7 @@ class TrainConfig:
     micro_batch: int | None = setting(None, "Completions in one forward pass; the gradient does not depend on it; "
                                       "none: all at once.", "completions", NOT_GIVEN)
     temperature: float = setting(1.0, "Temperature of sampling and of all log-probs.", "no unit", NOT_GIVEN)
-    max_new_tokens: int = setting(24, "Longest completion, with its end token.", "tokens", NOT_GIVEN)
+    max_new_tokens: int = setting(28, "Longest completion, with its end token.", "tokens", NOT_GIVEN)
     learning_rate: float = setting(1e-3, "Learning rate of AdamW.", "per update", NOT_GIVEN)
     warmup_steps: int = setting(0, "Steps over which the learning rate rises linearly; constant afterwards.", "steps",
                                 NOT_GIVEN)
@@ -154,8 +154,8 @@ class TrainConfig:
     max_broken_share: float = setting(0.05, "The run fails once more than this share of the records it tried have "
                                       "clips that cannot be read (of at least 100 tries).", "share", "does not apply")
     feature_cache_mb: int = setting(256, "Memory for features of encoded clips.", "megabytes", NOT_GIVEN)
-    merge_mb: int = setting(256, "Memory for dense copies of the language model's weights while sampling; without enough "
-                            "of it sampling is slower.", "megabytes", NOT_GIVEN)
+    merge_mb: int = setting(256, "Memory for dense copies of the language model's weights while sampling; without "
+                            "enough of it sampling is slower.", "megabytes", NOT_GIVEN)
     tracker: str = setting("none", "Where metrics go besides metrics.jsonl.", "name", NOT_GIVEN,
                            ("none", "tensorboard"))
     figures: bool = setting(True, "Draw figures at the end.", "true or false", "does not apply")
@@ -202,9 +202,9 @@ class TrainConfig:
 
 # --- what is possible ------------------------------------------------------------------------------------------------
 
-_POSITIVE = ("lora_rank lora_alpha num_frames frame_size group_size prompts_per_step steps rollout_budget inner_updates "
-             "micro_batch temperature max_new_tokens learning_rate adam_eps max_grad_norm hint_traces eval_samples "
-             "eval_batch save_every keep_checkpoints feature_cache_mb merge_mb").split()
+_POSITIVE = ("lora_rank lora_alpha num_frames frame_size group_size prompts_per_step steps rollout_budget "
+             "inner_updates micro_batch temperature max_new_tokens learning_rate adam_eps max_grad_norm hint_traces "
+             "eval_samples eval_batch save_every keep_checkpoints feature_cache_mb merge_mb").split()
 _NOT_NEGATIVE = "warmup_steps weight_decay eval_limit eval_temperature seed".split()
 _SHARES = "adam_beta1 adam_beta2 max_broken_share".split()
 
@@ -290,9 +290,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path} cannot be read ({_reason(error)}): check the path") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"config {path} is not valid YAML ({_reason(error)}): write one `key: value` a line") from error
+        raise ConfigError(f"config {path} is not valid YAML ({_reason(error)}): write one `key: value` a "
+                          f"line") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"config {path} holds a {type(values).__name__}, not `key: value` lines: see configs/lite.yaml")
+        raise ConfigError(f"config {path} holds a {type(values).__name__}, not `key: value` lines: see "
+                          f"configs/lite.yaml")
     return values
 
 

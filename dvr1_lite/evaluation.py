@@ -34,7 +34,7 @@ WINDOW = 64  # batches whose questions are sorted by length together; the clips 
 
 @dataclass(frozen=True)
 class View:
-    r"""How records are shown: frames sampled a clip, their height and width in pixels, and a last line of the prompt."""
+    r"""How records are shown: frames sampled a clip, their height and width in pixels, a last line of the prompt."""
 
     num_frames: int
     frame_size: int

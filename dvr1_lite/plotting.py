@@ -113,7 +113,8 @@ def accuracy_by_type(before: Mapping[str, Mapping], after: Mapping[str, Mapping]
 def _bars(axes, before: Mapping, after: Mapping) -> None:
     names = ["all", *after["by_type"]]
     places = np.arange(len(names))
-    for shift, figures, label, colour, hatch in ((-0.2, before, "before", BEFORE, "//"), (0.2, after, "after", AFTER, "")):
+    sides = ((-0.2, before, "before", BEFORE, "//"), (0.2, after, "after", AFTER, ""))
+    for shift, figures, label, colour, hatch in sides:
         missing = {"accuracy": 0.0, "ci95": [0.0, 0.0]}
         cells = [figures, *(figures["by_type"].get(name, missing) for name in names[1:])]
         heights = np.array([100 * cell["accuracy"] for cell in cells])

@@ -33,7 +33,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from .advantages import vanishing_ratio
-from .augmentation import Augmentation, add_noise, augmentation_seed, best_trace, cut_hint, mask_frames, plan_augmentation
+from .augmentation import (
+    Augmentation,
+    add_noise,
+    augmentation_seed,
+    best_trace,
+    cut_hint,
+    mask_frames,
+    plan_augmentation,
+)
 from .checkpoints import Checkpoint, load_newest, remove_unfinished, restore_random, save_checkpoint
 from .config import TrainConfig, load_config, to_yaml
 from .data import Record, prompt_text, read_records
@@ -51,7 +59,7 @@ log = logging.getLogger(__name__)
 LEAST_TRIES = 100  # a share of broken clips is judged against at least this many records tried
 NAMED_SKIPS = 20  # broken clips that the summary names
 VERSIONS = ("dvr1-lite", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "numpy", "decord", "av")
-LOGGED_ONCE = ("objective", "loss", "grad_norm")  # means over the inner updates; other stats are the last update's
+AVERAGED = ("objective", "loss", "grad_norm")  # means over the inner updates; other stats are the last update's
 
 
 def train(config: TrainConfig, progress: bool = True, resume: bool = False) -> dict:
@@ -406,7 +414,7 @@ class Trainer:
                 stats, logp = self._inner_update(groups, objective, names)
                 old = logp if old is None else old
                 history.append(stats)
-        means = {name: mean_of([stats[name] for stats in history]) for name in LOGGED_ONCE}
+        means = {name: mean_of([stats[name] for stats in history]) for name in AVERAGED}
         last = {name: value if math.isfinite(value) else None for name, value in history[-1].items()}
         return last | means | {"completion_tokens": float(mask.sum()) / rewards.numel(),
                                       "unfinished": groups.unfinished.float().mean().item()}
@@ -564,7 +572,10 @@ def _flat(line: dict) -> dict[str, float]:
 
 
 def load_policy(config: TrainConfig, adapter: str | Path | None = None) -> Policy:
-    r"""The config's model with new adapters, or with those in the folder `adapter`. Raises `ModelError`, `ConfigError`."""
+    r"""The config's model with new adapters, or with those in the folder `adapter`.
+
+    Raises `ModelError` if one cannot be loaded, `ConfigError` if the frames do not fit the model.
+    """
     model = resolve(config.model)
     policy = Policy.load(
         model if model.exists() else config.model, quantization=config.quantization, dtype=config.dtype,
@@ -575,8 +586,8 @@ def load_policy(config: TrainConfig, adapter: str | Path | None = None) -> Polic
     block = policy.preprocessing["patch_size"] * policy.preprocessing["merge_size"]
     if config.frame_size % block:
         near = max(1, round(config.frame_size / block)) * block
-        raise ConfigError(f"frame_size is {config.frame_size}, but {config.model} divides frames into blocks of {block} "
-                          f"pixels: give a multiple such as {near}")
+        raise ConfigError(f"frame_size is {config.frame_size}, but {config.model} divides frames into blocks of "
+                          f"{block} pixels: give a multiple such as {near}")
     return policy
 
 
@@ -602,7 +613,8 @@ def _make_accelerator(config: TrainConfig, out: Path):
         accelerator = Accelerator(cpu=torch.device(config.device).type == "cpu", project_dir=str(out),
                                   log_with=None if config.tracker == "none" else config.tracker)
     except ValueError as error:  # accelerate keeps one device for the life of a process
-        raise ConfigError(f"device is {config.device}, but this process has trained on another one: restart it") from error
+        raise ConfigError(f"device is {config.device}, but this process has trained on another one: restart "
+                          f"it") from error
     accelerator.init_trackers("tensorboard")
     return accelerator
 

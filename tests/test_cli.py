@@ -95,7 +95,8 @@ def test_a_folder_that_holds_a_run(run, capsys):
 
 
 def test_records_that_are_wrong(world, tmp_path, capsys):
-    (tmp_path / "bad.jsonl").write_text('{"problem_id": 1, "data_type": "video", "problem_type": "exact", "path": "a"}\n')
+    record = {"problem_id": 1, "data_type": "video", "problem_type": "exact", "path": "a"}
+    (tmp_path / "bad.jsonl").write_text(json.dumps(record) + "\n")
     fails(capsys, ["train", "--out", tmp_path / "x", "--train-file", tmp_path / "bad.jsonl"], "bad.jsonl, line 1",
           "'solution'")
 
@@ -163,7 +164,8 @@ def test_ask_prints_trace_answer_and_span(run, world, capsys, monkeypatch):
     text = "<think> red first </think> <answer> B </answer> <glue> 1.0 2.5 </glue>"
     rollout = type("Rollout", (), {"texts": [[text]]})
     monkeypatch.setattr("dvr1_lite.rollout.sample_groups", lambda *_, **__: rollout)
-    assert cli.main(["ask", "--clip", str(world / "0.mp4"), "--question", "when", "--adapter", str(run / "adapter")]) == 0
+    where = ["--clip", str(world / "0.mp4"), "--adapter", str(run / "adapter")]
+    assert cli.main(["ask", *where, "--question", "when"]) == 0
     assert capsys.readouterr().out == "trace:  red first\nanswer: B, from 1.0 to 2.5 s\n"
 
 
@@ -188,7 +190,8 @@ def test_data_and_pretrain_pass_seed_and_folder(tmp_path, capsys, monkeypatch):
     for command in ("data", "pretrain"):
         assert cli.main([command, "--out", str(tmp_path / "new"), "--seed", "3"]) == 0
     assert seen == [(tmp_path / "new", 3)] * 2
-    assert capsys.readouterr().out == f"train: 2 questions on 1 clips\n7 parameters in {tmp_path / 'new'}, 1.5 minutes\n"
+    told = capsys.readouterr().out
+    assert told == f"train: 2 questions on 1 clips\n7 parameters in {tmp_path / 'new'}, 1.5 minutes\n"
 
 
 def test_commands_are_listed_and_guessed(capsys):

@@ -101,7 +101,7 @@ def test_grounding_figures_are_those_of_grounding_questions():
 
 
 def test_several_answers_are_one_question():
-    summary = summarise([row(0, 1.0, "a", sample=0), row(0, 0.0, "a", sample=1), row(1, 1.0, "b"), row(1, 1.0, "b", sample=1)])
+    summary = summarise([row(0, 1.0, "a"), row(0, 0.0, "a", sample=1), row(1, 1.0, "b"), row(1, 1.0, "b", sample=1)])
     assert summary["accuracy"] == 0.75 and summary["n"] == 2 and summary["answers"] == 4
 
 
@@ -110,7 +110,7 @@ def test_paired_change_by_hand():
     before = [row(i, float(v), clips[i]) for i, v in enumerate([1, 0, 0, 0, 1, 1])]
     after = [row(i, float(v), clips[i]) for i, v in enumerate([1, 1, 1, 0, 1, 0])]
     change = paired_change(before, list(reversed(after)))
-    # differences 0 1 1 0 0 -1: mean 1/6; cluster sums of residuals 2/3, 2/3, -4/3; 3/2 * 24/9 = 4, over 36; t(2) = 4.3027
+    # differences 0 1 1 0 0 -1: mean 1/6; clusters' sums of residuals 2/3, 2/3, -4/3; 3/2 * 24/9 = 4, over 36 = 1/9
     assert change["change"] == pytest.approx(1 / 6) and change["n"] == 6 and change["clips"] == 3
     assert change["ci95"] == [-1.0, 1.0]  # cut from 1/6 +- 4.3027 / 3
     assert mean_interval([0, 1, 1, 0, 0, -1], clips, -9, 9) == pytest.approx((1 / 6 - 1.434218, 1 / 6 + 1.434218))

@@ -227,7 +227,8 @@ def test_rollouts_count_originals_traces_and_augmented_groups(finished):
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, world, tmp_path, coin):
     train(small_config(world, tmp_path / "again", figures=False), progress=False)
-    assert lines_of(tmp_path / "again") == lines_of(finished[0]) and adapter_of(tmp_path / "again") == adapter_of(finished[0])
+    assert lines_of(tmp_path / "again") == lines_of(finished[0])
+    assert adapter_of(tmp_path / "again") == adapter_of(finished[0])
     train(small_config(world, tmp_path / "other", seed=1, eval_files=[]), progress=False)
     assert lines_of(tmp_path / "other") != lines_of(finished[0])
 
