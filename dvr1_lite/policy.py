@@ -320,6 +320,7 @@ class Policy:
         Raises ModelError naming what cannot be loaded and the remedy.
         """
         _check_options(quantization, dtype, device, attention, after_video)
+        local_files_only = _is_folder(path) or local_files_only  # a local folder never waits for the network
         config = _load_config(path, local_files_only)
         config.text_config.attention_dropout = 0.0
         model = _load_weights(path, config, quantization, dtype, device, attention, local_files_only)
@@ -468,7 +469,7 @@ class Policy:
             self.model.train()
 
     def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        r"""Cosines and sines (B, L, head size) at positions (3, B, L)."""
+        r"""Cosines and sines at positions (3, B, L), as the layers of the installed transformers want them."""
         return self.language.rotary_emb(self.language.norm.weight, positions)
 
     def run(self, hidden: torch.Tensor, rope, mask: torch.Tensor | None, caches: list,

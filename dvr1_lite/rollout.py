@@ -57,9 +57,8 @@ class _Decoder:
     r"""Decodes the rows still writing, one token a step."""
 
     def __init__(self, policy: Policy, prefix: Prefix, copies: int, room: int):
-        self.policy, self.step = policy, 0
-        positions = (prefix.next_position[:, None] + torch.arange(room, device=policy.device)).expand(3, -1, -1)
-        self.rope = [spread(x, copies) for x in policy.rotary(positions)]
+        self.policy = policy
+        self.position = spread(prefix.next_position, copies)  # (rows,), of the token read next, on all three axes
         self.caches = [_Slots(k, v, copies, room) for k, v in zip(prefix.keys, prefix.values)]
         self.state = spread(prefix.last, copies)  # (rows, H), the state that predicts the next token
         self.real = None
@@ -70,17 +69,16 @@ class _Decoder:
     def feed(self, tokens: torch.Tensor) -> None:
         r"""Reads the tokens (rows,) just sampled."""
         embeds = self.policy.language.embed_tokens(tokens)[:, None]
-        rope = tuple(x[:, self.step:self.step + 1] for x in self.rope)
+        rope = self.policy.rotary(self.position[:, None].expand(3, -1, -1))
         mask = None if self.real is None else self.real[..., :self.caches[0].used + 1]
         self.state = self.policy.run(embeds, rope, mask, self.caches)[:, 0]
-        self.step += 1
+        self.position = self.position + 1
 
     def keep(self, rows: torch.Tensor) -> None:
         r"""Goes on with these rows (a list of indices) only."""
         for cache in self.caches:
             cache.keep(rows)
-        self.rope = [x[rows] for x in self.rope]
-        self.state = self.state[rows]
+        self.position, self.state = self.position[rows], self.state[rows]
         self.real = None if self.real is None else self.real[rows]
 
 

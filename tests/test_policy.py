@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from tiny import add_noise_to_lora, make_clip, write_model
 
 import dvr1_lite.policy as policy_module
@@ -140,7 +142,6 @@ def pixels(policy, clips, copies):
 @pytest.fixture(scope="module")
 def plain(folder, policy, tmp_path_factory):
     r"""The same model and adapter through transformers and peft alone."""
-    import transformers
     from peft import PeftModel
 
     adapter = tmp_path_factory.mktemp("adapter")
@@ -174,6 +175,8 @@ def test_shared_prefix_equals_the_repeated_prompt(policy, plain, side):
 
 @pytest.mark.parametrize("layout", ("video", "slow video", "image", "mixed", "text"))
 def test_positions_are_those_of_transformers(policy, layout):
+    if layout in ("slow video", "mixed") and version.parse(transformers.__version__) < version.parse("5.23"):
+        pytest.skip("transformers 5.3 to 5.22 cuts seconds_per_grid down to whole seconds")
     clip = {"video": make_clip(1, frames=6), "slow video": make_clip(1, frames=6, fps=0.35),
             "mixed": make_clip(1, frames=4, fps=1.3)}.get(layout)
     image = make_clip(2, size=84).frames[0] if layout in ("image", "mixed") else None
@@ -602,8 +605,6 @@ def test_unloadable_models_say_what_to_do(qwen25, tmp_path, monkeypatch):
     (OSError("x is not a local folder and is not a valid model identifier listed on the hub"), "neither a local"),
 ))
 def test_hub_errors_are_told_apart(monkeypatch, error, told):
-    import transformers
-
     def fail(*_, **__):
         raise error
 
