@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -411,7 +412,7 @@ def accuracy_figure(found: Mapping):
         _name_rows(panels[0, 0], [f"{name} ({len(row['seeds'])})" if name != "base" else name
                                   for name, row in rows.items()])
         figure.suptitle(f"{found['table']}, at equal {found['equal']} (seeds); filled: here, with 95 % intervals over "
-                        f"seeds (base: by clip); hollow: published", fontsize=9)
+                        f"seeds (base: by clip); hollow: published, of another model and data", fontsize=9)
     return figure
 
 
@@ -440,7 +441,7 @@ def differences_figure(found: Mapping):
             axes.set(title="mean of the splits" if split == "mean" else split, xlabel="difference in points")
         _name_rows(panels[0, 0], [f"{claim['row']}\nover {claim['rival']}" for claim in claims])
         figure.suptitle(f"{found['table']}: thick, 95 % over seeds, {found['correction']}; thin, 95 % by clip; "
-                        f"hollow: published", fontsize=9)
+                        f"hollow: published, of another model and data", fontsize=9)
     return figure
 
 
@@ -461,18 +462,29 @@ def curves_figure(found: Mapping):
 
     from .plotting import STYLE
 
+    along = "step" if found["equal"] == "updates" else "rollouts"
+    dashes = _dashes(found["rows"])
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, len(DRAWN_CURVES), figsize=(4.2 * len(DRAWN_CURVES), 3.6))
         for axes, (key, label) in zip(panels, DRAWN_CURVES.items()):
-            for number, (name, curve) in enumerate(found["curves"].items()):
-                row = found["rows"][name]
-                dash = "--" if row["augment"] != "none" else "-"
-                axes.plot(curve["rollouts"], curve[key]["mean"], color=look(row)["color"], linestyle=dash, label=name)
+            for name, curve in found["curves"].items():
+                colour = look(found["rows"][name])["color"]
+                axes.plot(curve[along], curve[key]["mean"], color=colour, linestyle=dashes[name], label=name)
                 if curve[key]["ci"][0] is not None:
                     low, high = zip(*curve[key]["ci"])
-                    axes.fill_between(curve["rollouts"], low, high, color=look(row)["color"], alpha=0.15, linewidth=0)
-            axes.set(title=label, xlabel="rollouts", ylim=(0, 1))
+                    axes.fill_between(curve[along], low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.set(title=label, xlabel=along, ylim=(0, 1))
         panels[0].set_ylabel("mean over seeds, band: 95 % interval")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center",
                       ncols=min(5, len(found["curves"])), fontsize=8)
     return figure
+
+
+def _dashes(rows: Mapping[str, Mapping]) -> dict[str, Any]:
+    r"""A dash of its own for each row of a method, solid for the first that is not augmented."""
+    kinds = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3))]
+    found, used = {}, defaultdict(int)
+    for name, row in sorted(rows.items(), key=lambda item: item[1].get("augment", "none") != "none"):
+        found[name] = kinds[used[row["method"]] % len(kinds)]
+        used[row["method"]] += 1
+    return found
