@@ -15,7 +15,7 @@ Three steps, all on scenes that no split of ToyVideoQA contains:
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +57,12 @@ class Recipe:
     encoder_steps: int = 1500
     encoder_batch: int = 96
     encoder_lr: float = 2e-3
-    text_steps: int = 2600
+    text_steps: int = 1900
     text_batch: int = 96
     text_lr: float = 2e-3
+    polish_steps: int = 1000      # a second, gentler cycle of the fine-tuning
+    polish_lr: float = 1e-3
+    polish_drill_share: float = 0.25
     drill_steps: int = 800        # letters only, without video, before the fine-tuning
     drill_share: float = 0.1      # of the fine-tuning examples, those that ask for letters
     hint_share: float = 0.25      # of the fine-tuning examples, those with a hint
@@ -382,6 +385,12 @@ def drill(model, tokenizer, recipe: Recipe) -> float:
     return train_text(model, recipe.drill_steps, recipe.text_lr, batch, "letters")
 
 
+def polish(recipe: Recipe) -> Recipe:
+    """The recipe of the second cycle: other examples, more letters, a lower learning rate."""
+    return replace(recipe, seed=recipe.seed + 1, text_steps=recipe.polish_steps, text_lr=recipe.polish_lr,
+                   drill_share=recipe.polish_drill_share)
+
+
 def finetune(model, tokenizer, pool: Pool, features: torch.Tensor, recipe: Recipe) -> float:
     """Supervised fine-tuning of the language model on the frozen features; returns the running loss."""
     rng, collate = toy.seeded("finetuning", recipe.seed), Collator(model, tokenizer, features.shape[1])
@@ -406,7 +415,8 @@ def pretrain(out: str | Path, recipe: Recipe = Recipe()) -> dict:
     encoder = train_encoder(model, pool, recipe)
     features = encode_pool(model, pool, recipe)
     losses = {"letters": drill(model, tokenizer, recipe),
-              "fine-tuning": finetune(model, tokenizer, pool, features, recipe)}
+              "fine-tuning": finetune(model, tokenizer, pool, features, recipe),
+              "polish": finetune(model, tokenizer, pool, features, polish(recipe))}
     model.requires_grad_(True)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

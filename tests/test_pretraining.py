@@ -20,7 +20,8 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    recipe = pretraining.Recipe(clips=3, encoder_steps=2, encoder_batch=4, text_steps=2, text_batch=4)
+    recipe = pretraining.Recipe(clips=3, encoder_steps=2, encoder_batch=4, drill_steps=2, text_steps=2, polish_steps=2,
+                                text_batch=4)
     return folder, pretraining.pretrain(folder, recipe)
 
 
@@ -37,9 +38,9 @@ def test_every_word_of_the_data_is_a_token(tokenizer):
 
 
 def test_decoding_gives_a_completion_that_the_rewards_read(tokenizer):
-    text = pretraining.completion_text("circle from 1.0 to 2.5 red A", "A", (1.0, 2.5))
+    text = pretraining.completion_text("circle from 1.0 to 2.0 red A", "A", (1.0, 2.0))
     decoded = tokenizer.decode(tokenizer(text + "<|im_end|>")["input_ids"], skip_special_tokens=True)
-    assert decoded == "<think> circle from 1.0 to 2.5 red A </think> <answer> A </answer> <glue> 1.0 2.5 </glue>"
+    assert decoded == "<think> circle from 1.0 to 2.0 red A </think> <answer> A </answer> <glue> 1.0 2.0 </glue>"
 
 
 def test_punctuation_and_capital_openers_do_not_matter(tokenizer):

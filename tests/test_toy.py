@@ -49,11 +49,11 @@ def test_choices_by_hand(scene, question_type, value):
 
 
 def test_grounding_span_by_hand():
-    spans = {item.question.split("the ")[-1].split()[0]: item.span
-             for item in (toy.make_item(toy.seeded("g", i), PARADE, "grounding") for i in range(40)) if item.variant == 1}
-    times = {item.trace.split()[0]: item.span
-             for item in (toy.make_item(toy.seeded("g", i), PARADE, "grounding") for i in range(40))}
-    assert times == {"circle": (0.0, 1.0), "ring": (1.0, 3.0), "cross": (3.0, 4.0)} and spans
+    items = [toy.make_item(toy.seeded("g", i), PARADE, "grounding") for i in range(40)]
+    spans = {item.trace.split(" from ")[0].split()[-1]: item.span for item in items}
+    assert spans == {"circle": (0.0, 1.0), "ring": (1.0, 3.0), "cross": (3.0, 4.0)}
+    ring = next(item for item in items if "ring from" in item.trace)
+    assert ring.trace == "first circle second ring third ring fourth cross ring from 1.0 to 3.0 blue " + ring.answer
 
 
 def test_right_letter_is_not_tied_to_its_place_or_value():
