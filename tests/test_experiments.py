@@ -381,6 +381,30 @@ def test_a_real_run_is_recorded_with_everything_that_it_takes_to_judge_it(world,
     assert again["answers"] == result["answers"] and again["curve"] == result["curve"]
 
 
+def test_a_killed_run_goes_on_from_its_checkpoint(world, tmp_path, monkeypatch):
+    from dvr1_lite.training import Trainer
+
+    run = tiny_run(world)
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, save_every=1))
+    whole, step, steps = in_process(run, tmp_path / "whole"), Trainer._step, []
+
+    def dying_step(trainer):
+        if steps == [0]:
+            raise RuntimeError("killed")
+        steps.append(trainer.step)
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "_step", dying_step)
+    with pytest.raises(RuntimeError):
+        in_process(run, tmp_path / "killed")
+    assert read_runs(tmp_path / "killed") == {}
+    monkeypatch.setattr(Trainer, "_step", lambda trainer: (steps.append(trainer.step), step(trainer))[1])
+    [spec] = (tmp_path / "killed" / ".work" / "table4").glob("*/spec.json")
+    assert perform(spec) == 0 and steps == [0, 1]
+    [resumed] = read_runs(tmp_path / "killed").values()
+    assert resumed["answers"] == whole["answers"] and resumed["curve"] == whole["curve"]
+
+
 @pytest.mark.slow
 def test_a_recorded_run_is_the_same_again_from_its_json(world, tmp_path):
     result = in_process(tiny_run(world), tmp_path)
