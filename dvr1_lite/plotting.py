@@ -173,7 +173,7 @@ def _strip(figure, frames: np.ndarray, seconds: list[float] | None, title: str, 
         axes.imshow(frame, interpolation="nearest")
         axes.set(xticks=[], yticks=[])
         axes.grid(visible=False)
-        axes.set_xlabel(f"{seconds[number]:.1f} s" if seconds else f"{number + 1}", fontsize=8)
+        axes.set_xlabel(f"{seconds[number]:.2f} s" if seconds else f"{number + 1}", fontsize=8)
     figure.suptitle(title, fontsize=10, parse_math=False)
     if caption:
         figure.supxlabel(caption, fontsize=8, x=0.01, ha="left", parse_math=False)

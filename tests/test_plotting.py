@@ -77,7 +77,7 @@ def test_strips_take_frames_of_any_layout(frames):
 
 def test_a_clips_strip_tells_the_time_of_each_frame():
     clip = Clip(torch.rand(2, 3, 8, 8), [0.25, 1.25], 1.0, 2.0, "x.mp4")
-    assert [axes.get_xlabel() for axes in plotting.frame_strip(clip).axes] == ["0.2 s", "1.2 s"]
+    assert [axes.get_xlabel() for axes in plotting.frame_strip(clip).axes] == ["0.25 s", "1.25 s"]
 
 
 def test_samples_show_text_as_it_is(tmp_path):

@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 import signal
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -385,6 +385,27 @@ def test_a_folder_that_cannot_be_written_to(world, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         train(small_config(world, tmp_path / "file" / "run", eval_files=[]), progress=False)
+
+
+# --- the shipped model on the shipped data ---------------------------------------------------------------------------
+
+
+def test_the_shipped_model_trains_with_hints_and_noise_and_resumes_exactly(tmp_path, monkeypatch):
+    config = make_config({"steps": 3, "history_window": 8, "eval_limit": 24, "save_every": 1, "figures": False,
+                          "inner_updates": 2, "out": str(tmp_path / "whole")})
+    summary = train(config, progress=False)
+    lines = lines_of(tmp_path / "whole")
+    assert all(line["format_rate"] > 0.9 and 0 < line["accuracy"] < 1 for line in lines)
+    assert lines[-1]["hints_found"] > 0 and lines[-1]["easy"] > 0 and lines[-1]["kl"] > 0
+    assert {"L1", "L2", "L3"} == set(summary["before"]) == set(summary["change"])
+    assert summary["before"]["L1"]["n"] == 24 and "mean_iou" in summary["before"]["L1"]
+    again = replace(config, out=str(tmp_path / "again"))
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        crash(patch, "_update", 1, OSError("killed"))
+        train(again, progress=False)
+    resumed = train(again, progress=False, resume=True)
+    assert lines_of(tmp_path / "again") == lines and adapter_of(tmp_path / "again") == adapter_of(tmp_path / "whole")
+    assert resumed["after"] == summary["after"] and resumed["before"] == summary["before"]
 
 
 # --- Ctrl-C ----------------------------------------------------------------------------------------------------------
