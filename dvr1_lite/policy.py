@@ -199,7 +199,7 @@ class Packing:
 class _Prepender:
     r"""Stands in for transformers' cache in the completion forward: puts a group's prefix before each completion."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, copies: int, packing: Packing):
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, copies: list[int], packing: Packing):
         self.prefix, self.copies, self.packing = (keys, values), copies, packing
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,8 +209,7 @@ class _Prepender:
 
 def _eager(module, query, key, value, mask, *, scaling: float, **_):
     r"""softmax(q k' / sqrt(d)) v, written out; one key head serves several query heads."""
-    key, value = (spread(x.flatten(0, 1), query.shape[1] // x.shape[1]).unflatten(0, query.shape[:2])
-                  for x in (key, value))
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = query @ key.transpose(-1, -2) * scaling
     if mask is None and query.shape[2] > 1:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -237,9 +236,50 @@ def _register_attention(name: str) -> str:
     return f"shared_prefix_{name}"
 
 
-def spread(x: torch.Tensor, copies: int) -> torch.Tensor:
-    r"""Repeats every group's entry `copies` times, (B, ...) to (B * copies, ...); the gradient sums over the copies."""
-    return x.unsqueeze(1).expand(-1, copies, *x.shape[1:]).reshape(-1, *x.shape[1:])
+def spread(x: torch.Tensor, copies: list[int]) -> torch.Tensor:
+    r"""Repeats the entry of group b copies[b] times: (B, ...) to (sum of copies, ...). Gradients sum over copies."""
+    return torch.cat([part.expand(count, *x.shape[1:]) for part, count in zip(x.split(1), copies)])
+
+
+@dataclass(frozen=True)
+class Distinct:
+    r"""The U different completions among B x G: ids (U, T), mask (U, T), their group (U,), and for each of the B x G
+    its place among the U.
+
+    Log-probs are a function of prompt and completion, so equal completions of a group need one forward, and their
+    gradients add up in it. A group that has vanished often consists of a few completions many times over.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    group: torch.Tensor
+    place: torch.Tensor
+    shape: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, ids: torch.Tensor, mask: torch.Tensor) -> Distinct:
+        groups, copies, _ = ids.shape
+        owner = torch.arange(groups, device=ids.device).repeat_interleave(copies)
+        keys = torch.cat([owner[:, None], ids.masked_fill(~mask, -1).flatten(0, 1)], dim=1)
+        rows, place = torch.unique(keys, dim=0, return_inverse=True)  # sorted, so group by group
+        return cls(rows[:, 1:].clamp(min=0), rows[:, 1:] >= 0, rows[:, 0], place, tuple(ids.shape))
+
+    def everywhere(self, values: torch.Tensor) -> torch.Tensor:
+        r"""Values (U, T) of the different completions, to all of them (B, G, T)."""
+        return values[self.place].view(self.shape)
+
+    def gather(self, slope: torch.Tensor) -> torch.Tensor:
+        r"""The transpose of `everywhere`: sums slopes (B, G, T) over equal completions to (U, T)."""
+        return slope.new_zeros(self.ids.shape).index_put_((self.place,), slope.flatten(0, 1), accumulate=True)
+
+    def blocks(self, size: int | None) -> Iterator[tuple[slice, slice, list[int]]]:
+        r"""Cuts the U completions into blocks of at most `size`: rows, groups touched, and rows in each of them."""
+        count = len(self.ids)
+        for start in range(0, count, size or count):
+            rows = slice(start, min(start + (size or count), count))
+            owners = self.group[rows].tolist()
+            groups = slice(owners[0], owners[-1] + 1)
+            yield rows, groups, [owners.count(group) for group in range(groups.start, groups.stop)]
 
 
 @dataclass(frozen=True)
@@ -525,26 +565,26 @@ class Policy:
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return torch.log_softmax((logits / temperature).masked_fill(self.banned, -math.inf), dim=-1)
 
-    def _completion_logp(self, prefix: Prefix, ids: torch.Tensor, mask: torch.Tensor, temperature: float):
-        r"""Log-probs (B, G, T) of completions ids (B, G, T) after B prefixes; 0 where mask is False.
+    def _completion_logp(self, prefix: Prefix, ids: torch.Tensor, mask: torch.Tensor, copies: list[int],
+                         temperature: float) -> torch.Tensor:
+        r"""Log-probs (N, T) of completions ids (N, T), copies[b] of them after prefix b; 0 where mask is False.
 
         The first token is predicted by the prompt's last state, once per group; every later one by the token before
         it. So the last token of a completion is predicted but never read.
         """
-        copies = ids.shape[1]
-        length = int(mask.flatten(0, 1).any(0).sum())  # columns beyond the longest completion cost nothing
-        first = self.log_softmax(prefix.last, temperature).gather(-1, ids[:, :, 0])  # (B, G)
-        columns = [first[..., None]]
-        read = mask[:, :, 1:length].flatten(0, 1)  # (N, L): token t is read where token t + 1 is predicted
+        length = int(mask.any(0).sum())  # columns beyond the longest completion cost nothing
+        first = spread(self.log_softmax(prefix.last, temperature), copies).gather(-1, ids[:, :1])  # (N, 1)
+        columns = [first]
+        read = mask[:, 1:length]  # (N, L): token t is read where token t + 1 is predicted
         if read.any():
             packing = Packing(read.flatten().nonzero().squeeze(-1), *read.shape)
-            states = self._read_completions(prefix, ids[:, :, :length - 1].flatten(0, 1), copies, packing)
-            later = self.token_logp(states, packing.pack(ids[:, :, 1:length].flatten(0, 1))[0], temperature)
-            room = later.new_zeros(read.numel()).index_copy(0, packing.index, later)
-            columns.append(room.view(*ids.shape[:2], -1))
-        return F.pad(torch.cat(columns, dim=-1), (0, ids.shape[2] - length)).masked_fill(~mask, 0.0)
+            states = self._read_completions(prefix, ids[:, :length - 1], copies, packing)
+            later = self.token_logp(states, packing.pack(ids[:, 1:length])[0], temperature)
+            columns.append(later.new_zeros(read.numel()).index_copy(0, packing.index, later).view(read.shape))
+        return F.pad(torch.cat(columns, dim=-1), (0, ids.shape[1] - length)).masked_fill(~mask, 0.0)
 
-    def _read_completions(self, prefix: Prefix, tokens: torch.Tensor, copies: int, packing: Packing) -> torch.Tensor:
+    def _read_completions(self, prefix: Prefix, tokens: torch.Tensor, copies: list[int],
+                          packing: Packing) -> torch.Tensor:
         r"""Final states (M, H) at the packed ones of tokens (N, L), each row after its group's prefix."""
         steps = torch.arange(packing.length, device=self.device)
         positions = packing.pack(spread(prefix.next_position[:, None] + steps, copies))  # (1, M)
@@ -553,12 +593,11 @@ class Policy:
                           self._completion_mask(prefix, copies, packing.length), caches, packing)
         return hidden[0]
 
-    def _completion_mask(self, prefix: Prefix, copies: int, length: int) -> torch.Tensor:
-        r"""What each completion token may see: the real prompt tokens and the completion up to itself."""
+    def _completion_mask(self, prefix: Prefix, copies: list[int], length: int) -> torch.Tensor:
+        r"""What each completion token may see (N, 1, L, P + L): the real prompt tokens, the completion up to itself."""
         causal = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
-        groups, prompt_length = prefix.real.shape
         real = prefix.real[:, None, :].expand(-1, length, -1)
-        mask = torch.cat([real, causal.expand(groups, -1, -1)], dim=-1)
+        mask = torch.cat([real, causal.expand(len(real), -1, -1)], dim=-1)
         return spread(mask, copies)[:, None]
 
     # -------------------------------------------------------------------------------------- log-probs and gradients
@@ -568,18 +607,16 @@ class Policy:
         r"""Log-probs (B, G, T) of the completions, 0 where their mask is False; float32 (float64 for such a model).
 
         reference: with the adapter off. with_grad: keep the graph (`backward` is the way to gradients in less memory).
-        micro_batch: completions per forward, None for all at once. Each prompt is prefilled once.
+        micro_batch: completions per forward, None for all at once. Each prompt is prefilled once, and equal completions
+        of a group are run once (`Distinct`).
         """
-        ids, mask = self._on_device(prompts, completions)
+        distinct = self._distinct(prompts, completions, micro_batch)
         with torch.set_grad_enabled(with_grad), self.reference() if reference else contextlib.nullcontext():
-            return self._pieces(self.prefill(prompts), ids, mask, temperature, micro_batch)
+            return distinct.everywhere(self._pieces(self.prefill(prompts), distinct, temperature, micro_batch))
 
-    def _pieces(self, prefix, ids, mask, temperature, micro_batch):
-        rows: dict[slice, list[torch.Tensor]] = {}
-        for groups, copies in rectangles(*ids.shape[:2], micro_batch):
-            piece = self._completion_logp(prefix.groups(groups), ids[groups, copies], mask[groups, copies], temperature)
-            rows.setdefault((groups.start, groups.stop), []).append(piece)
-        return torch.cat([torch.cat(row, dim=1) for row in rows.values()])
+    def _pieces(self, prefix: Prefix, distinct: Distinct, temperature: float, micro_batch: int | None) -> torch.Tensor:
+        return torch.cat([self._completion_logp(prefix.groups(groups), distinct.ids[rows], distinct.mask[rows], copies,
+                                                temperature) for rows, groups, copies in distinct.blocks(micro_batch)])
 
     def backward(self, prompts: list[Prompt], completions: Completions, objective: Callable, *,
                  micro_batch: int | None = None, temperature: float = 1.0) -> tuple[float, dict, torch.Tensor]:
@@ -591,41 +628,40 @@ class Policy:
         Returns the loss, the stats and the log-probs, detached: those of the first pass on fresh rollouts are the old
         log-probs of the later ones. Raises NumericsError naming the group whose log-probs are not finite.
         """
-        ids, mask = self._on_device(prompts, completions)
+        distinct = self._distinct(prompts, completions, micro_batch)
         with torch.enable_grad():
             prefix = self.prefill(prompts)
-            whole = micro_batch is None or micro_batch >= ids.shape[0] * ids.shape[1]
-            if whole:
-                graph = self._completion_logp(prefix, ids, mask, temperature)
-            else:
-                leaves = prefix.leaves()
-                with torch.no_grad():
-                    graph = self._pieces(leaves, ids, mask, temperature, micro_batch)
-            logp = graph.detach()
+            whole = micro_batch is None or micro_batch >= len(distinct.ids)
+            leaves = prefix if whole else prefix.leaves()
+            with torch.set_grad_enabled(whole):
+                values = self._pieces(leaves, distinct, temperature, micro_batch)
+            logp = distinct.everywhere(values.detach())
             _check_finite(logp, prompts)
             loss, stats, slope = _differentiate(objective, logp)
             if whole:
-                graph.backward(slope)
+                values.backward(distinct.gather(slope))
             else:
-                self._chain(prefix, leaves, ids, mask, temperature, micro_batch, slope)
+                self._chain(prefix, leaves, distinct, temperature, micro_batch, distinct.gather(slope))
         return loss, stats, logp
 
-    def _chain(self, prefix, leaves, ids, mask, temperature, micro_batch, slope) -> None:
+    def _chain(self, prefix: Prefix, leaves: Prefix, distinct: Distinct, temperature: float, micro_batch: int,
+               slope: torch.Tensor) -> None:
         r"""Chains d loss / d logp through the completions, one micro-batch at a time, then through the prefill once."""
-        for groups, copies in rectangles(*ids.shape[:2], micro_batch):
-            if slope[groups, copies].any():
-                piece = self._completion_logp(leaves.groups(groups), ids[groups, copies], mask[groups, copies],
+        for rows, groups, copies in distinct.blocks(micro_batch):
+            if slope[rows].any():
+                piece = self._completion_logp(leaves.groups(groups), distinct.ids[rows], distinct.mask[rows], copies,
                                               temperature)
-                piece.backward(slope[groups, copies])
+                piece.backward(slope[rows])
         pairs = [(x, leaf.grad) for x, leaf in zip(prefix.tensors(), leaves.tensors()) if leaf.grad is not None]
         if pairs:
             torch.autograd.backward([x for x, _ in pairs], [grad for _, grad in pairs])
 
-    def _on_device(self, prompts: list[Prompt], completions: Completions) -> tuple[torch.Tensor, torch.Tensor]:
+    def _distinct(self, prompts: list[Prompt], completions: Completions, micro_batch: int | None) -> Distinct:
         if len(prompts) != len(completions.ids):
             raise ValueError(f"{len(prompts)} prompts but {len(completions.ids)} groups of completions")
-        ids, mask = completions.ids.to(self.device), completions.mask.to(self.device).bool()
-        return ids.masked_fill(~mask, self.end_id), mask
+        if micro_batch is not None and micro_batch < 1:
+            raise ConfigError(f"micro_batch is {micro_batch}: give 1 or more completions, or none for the whole batch")
+        return Distinct.of(completions.ids.to(self.device), completions.mask.to(self.device).bool())
 
 
 def _dense_forward(weight, bias, x, *_, **__):
@@ -644,17 +680,6 @@ def _dense_weight(linear: torch.nn.Module) -> torch.Tensor:
         for name in linear.active_adapters:
             weight = weight + linear.get_delta_weight(name)
     return weight
-
-
-def rectangles(groups: int, copies: int, micro_batch: int | None) -> Iterator[tuple[slice, slice]]:
-    r"""Cuts B x G completions into blocks of at most `micro_batch`: whole groups where they fit, else parts of one."""
-    size = groups * copies if micro_batch is None else micro_batch
-    if size < 1:
-        raise ConfigError(f"micro_batch is {micro_batch}: give 1 or more completions, or none for the whole batch")
-    tall, wide = max(1, size // copies), min(size, copies)
-    for top in range(0, groups, tall):
-        for left in range(0, copies, wide):
-            yield slice(top, min(top + tall, groups)), slice(left, min(left + wide, copies))
 
 
 def _differentiate(objective: Callable, logp: torch.Tensor) -> tuple[float, dict, torch.Tensor]:

@@ -1,8 +1,9 @@
 r"""Sampling a group of completions from one prefill (appendix C).
 
-The prompt of each group is prefilled once, its keys and values are copied to the G rows of the group, and all B x G
-rows are decoded together, one token a step, until every row has written its end token. The rows that have finished
-leave the batch, so a few long completions do not make the short ones pay.
+The prompt of each group is prefilled once, and equal beginnings of a group are decoded once: a *branch* is one
+beginning that some of the group's rows share. A group starts as one branch, the prompt; where its rows draw different
+tokens, the branch divides, keys and values copied; where all its rows have ended, it is dropped. So a step costs what
+its different beginnings cost, and a few long completions do not make the short ones pay.
 """
 
 from __future__ import annotations
@@ -13,10 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import ConfigError
-from .policy import Completions, Policy, Prefix, Prompt, spread
-
-SHRINK = 0.75  # leave finished rows behind once at most this share of the rows is still writing
-
+from .policy import Completions, Policy, Prefix, Prompt
 
 @dataclass(frozen=True)
 class Rollout:
@@ -33,53 +31,53 @@ class Rollout:
 class _Slots:
     r"""One layer's keys and values with room for the whole completion, so that a step copies one token only."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, copies: int, room: int):
-        self.used = keys.shape[2]
-        self.buffers = [self._with_room(spread(x, copies), room) for x in (keys, values)]
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, room: int):
+        self.used, self.size = keys.shape[2], keys.shape[2] + room
+        self.buffers = [self._with_room(x) for x in (keys, values)]
 
-    @staticmethod
-    def _with_room(x: torch.Tensor, room: int) -> torch.Tensor:
-        buffer = x.new_empty(x.shape[0], x.shape[1], x.shape[2] + room, x.shape[3])
-        buffer[:, :, :x.shape[2]] = x
+    def _with_room(self, x: torch.Tensor) -> torch.Tensor:
+        buffer = x.new_empty(x.shape[0], x.shape[1], self.size, x.shape[3])
+        buffer[:, :, :self.used] = x
         return buffer
 
-    def update(self, *new, **_) -> tuple[torch.Tensor, torch.Tensor]:
-        start, self.used = self.used, self.used + new[0].shape[2]
-        for buffer, x in zip(self.buffers, new):
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
+        start, self.used = self.used, self.used + keys.shape[2]
+        for buffer, x in zip(self.buffers, (keys, values)):
             buffer[:, :, start:self.used] = x
         return tuple(buffer[:, :, :self.used] for buffer in self.buffers)
 
-    def keep(self, rows: torch.Tensor) -> None:
-        self.buffers = [buffer[rows] for buffer in self.buffers]
+    def branch(self, parents: torch.Tensor) -> None:
+        self.buffers = [self._with_room(buffer[:, :, :self.used].index_select(0, parents)) for buffer in self.buffers]
 
 
 class _Decoder:
-    r"""Decodes the rows still writing, one token a step."""
+    r"""Decodes the branches still needed, one token a step; at first there is one for each prompt."""
 
-    def __init__(self, policy: Policy, prefix: Prefix, copies: int, room: int):
-        self.policy = policy
-        self.position = spread(prefix.next_position, copies)  # (rows,), of the token read next, on all three axes
-        self.caches = [_Slots(k, v, copies, room) for k, v in zip(prefix.keys, prefix.values)]
-        self.state = spread(prefix.last, copies)  # (rows, H), the state that predicts the next token
+    def __init__(self, policy: Policy, prefix: Prefix, room: int):
+        self.policy, self.position = policy, prefix.next_position  # (branches,), of the token read next
+        self.caches = [_Slots(k, v, room) for k, v in zip(prefix.keys, prefix.values)]
+        self.state = prefix.last  # (branches, H), the state that predicts the next token
         self.real = None
         if prefix.padded:
             written = torch.ones(len(prefix.real), room, dtype=torch.bool, device=policy.device)
-            self.real = spread(torch.cat([prefix.real, written], dim=1), copies)[:, None, None]
+            self.real = torch.cat([prefix.real, written], dim=1)[:, None, None]
 
     def feed(self, tokens: torch.Tensor) -> None:
-        r"""Reads the tokens (rows,) just sampled."""
+        r"""Reads the next token of each branch (branches,)."""
         embeds = self.policy.language.embed_tokens(tokens)[:, None]
         rope = self.policy.rotary(self.position[:, None].expand(3, -1, -1))
         mask = None if self.real is None else self.real[..., :self.caches[0].used + 1]
         self.state = self.policy.run(embeds, rope, mask, self.caches)[:, 0]
         self.position = self.position + 1
 
-    def keep(self, rows: torch.Tensor) -> None:
-        r"""Goes on with these rows (a list of indices) only."""
+    def branch(self, parents: torch.Tensor) -> None:
+        r"""Goes on with one branch for each of `parents`: indices of branches, some perhaps several times or never."""
+        if torch.equal(parents, torch.arange(len(self.state), device=parents.device)):
+            return
         for cache in self.caches:
-            cache.keep(rows)
-        self.position, self.state = self.position[rows], self.state[rows]
-        self.real = None if self.real is None else self.real[rows]
+            cache.branch(parents)
+        self.position, self.state = self.position[parents], self.state[parents]
+        self.real = None if self.real is None else self.real[parents]
 
 
 def choose(logp: torch.Tensor, uniform: torch.Tensor | None) -> torch.Tensor:
@@ -111,27 +109,24 @@ def sample_groups(policy: Policy, prompts: list[Prompt], group_size: int, max_ne
 
 
 def _sample(policy, prompts, group_size, max_new_tokens, temperature, generator, greedy) -> Rollout:
-    decoder = _Decoder(policy, policy.prefill(prompts), group_size, max_new_tokens)
-    total = len(prompts) * group_size
+    decoder = _Decoder(policy, policy.prefill(prompts), max_new_tokens)
+    total, vocabulary = len(prompts) * group_size, len(policy.banned)
     ids = torch.full((total, max_new_tokens), policy.pad_id, device=policy.device)
     logp = torch.zeros((total, max_new_tokens), dtype=torch.float64, device=policy.device)
-    rows = torch.arange(total, device=policy.device)  # which of all rows the decoder still holds
-    writing = torch.ones(total, dtype=torch.bool, device=policy.device)  # of the rows held
+    rows = torch.arange(total, device=policy.device)  # the rows still writing
+    branch = rows // group_size  # and the branch that each of them is on
     for step in range(max_new_tokens):
-        every = policy.log_softmax(decoder.state, temperature)
+        every = policy.log_softmax(decoder.state, temperature)[branch]  # (rows, vocabulary)
         token = choose(every, None if greedy else _draw(total, generator, policy.device)[rows])
-        here = rows[writing]
-        ids[here, step] = token[writing]
-        logp[here, step] = every.gather(-1, token[:, None]).squeeze(-1)[writing].double()
-        writing = writing & (token != policy.end_id)
-        count = int(writing.sum())
-        if count == 0 or step + 1 == max_new_tokens:
+        ids[rows, step] = token
+        logp[rows, step] = every.gather(-1, token[:, None]).squeeze(-1).double()
+        going = token != policy.end_id
+        rows, branch, token = rows[going], branch[going], token[going]
+        if len(rows) == 0 or step + 1 == max_new_tokens:
             break
-        if count <= SHRINK * len(rows):
-            held = writing.nonzero().squeeze(-1)
-            decoder.keep(held)
-            rows, token, writing = rows[held], token[held], writing[held]
-        decoder.feed(token)
+        divided, branch = torch.unique(branch * vocabulary + token, return_inverse=True)
+        decoder.branch(divided // vocabulary)
+        decoder.feed(divided % vocabulary)
     return _finish(policy, ids[:, :step + 1], logp[:, :step + 1].to(every.dtype), len(prompts))
 
 

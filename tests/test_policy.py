@@ -14,14 +14,15 @@ import dvr1_lite.policy as policy_module
 from dvr1_lite.errors import ConfigError, ModelError, NumericsError, RecordError
 from dvr1_lite.policy import (
     Completions,
+    Distinct,
     FeatureCache,
     Features,
     LoraSettings,
     Packing,
     Policy,
     VisualPart,
-    rectangles,
     rope_positions,
+    spread,
 )
 from dvr1_lite.rollout import sample_groups
 
@@ -314,14 +315,51 @@ def test_packing_keeps_order_and_zeros():
     assert torch.equal(packing.unpack(packed.transpose(1, 2)).transpose(1, 2), x)
 
 
-@pytest.mark.parametrize("micro, expected", ((1, 6), (2, 4), (3, 2), (4, 2), (6, 1), (None, 1)))
-def test_rectangles_cover_everything_once(micro, expected):
-    count = torch.zeros(2, 3)
-    blocks = list(rectangles(2, 3, micro))
-    for groups, copies in blocks:
-        count[groups, copies] += 1
-        assert micro is None or count[groups, copies].numel() <= micro
-    assert len(blocks) == expected and (count == 1).all()
+def double_norm(norm, x):
+    return norm.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+
+
+def test_equal_completions_run_once(policy, monkeypatch):
+    # Transformers' norm rounds to float32 in a float64 model too, and a sum is not rounded as its terms are.
+    monkeypatch.setattr(type(policy.language.norm), "forward", double_norm)
+    prompts, completions = make_prompts(policy), make_completions(policy)
+    ids, mask = completions.ids.clone(), completions.mask.clone()
+    ids[0, 2], mask[0, 2] = ids[0, 0], mask[0, 0]
+    ids[1], mask[1] = ids[1, 0].clone(), mask[1, 0].clone()
+    ids[2, 0], mask[2, 0] = ids[0, 0], mask[0, 0]  # equal to one of another group: another prompt, so no copy
+    ids[1, 3][~mask[1, 3]] = 9  # what stands in the padding makes no difference
+    backward(policy, prompts, Completions(ids, mask), group_objective)
+    merged, seen = gradient(policy), []
+    real = policy._completion_logp
+    monkeypatch.setattr(policy, "_completion_logp",
+                        lambda prefix, rows, *rest: seen.append(len(rows)) or real(prefix, rows, *rest))
+    logp = backward(policy, prompts, Completions(ids, mask), group_objective, micro_batch=5)[2]
+    assert sum(seen) == 2 * (3 + 1 + 4) and relative(gradient(policy), merged) < 1e-10
+    assert torch.equal(logp[0, 2], logp[0, 0]) and not torch.equal(logp[2, 0], logp[0, 0])
+
+    def every_one(cls, ids, mask):
+        group = torch.arange(len(ids)).repeat_interleave(ids.shape[1])
+        place = torch.arange(len(group))
+        return cls(ids.flatten(0, 1).clone(), mask.flatten(0, 1).clone(), group, place, tuple(ids.shape))
+
+    monkeypatch.setattr(Distinct, "of", classmethod(every_one))
+    separate = backward(policy, prompts, Completions(ids, mask), group_objective)[2]
+    assert seen[-1] == 12 and relative(merged, gradient(policy)) < 1e-10
+    torch.testing.assert_close(logp, separate, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size, expected", ((1, 6), (2, 3), (3, 2), (4, 2), (6, 1), (9, 1), (None, 1)))
+def test_blocks_cover_everything_once(size, expected):
+    ids = torch.arange(6).view(2, 3, 1)
+    distinct = Distinct.of(ids, torch.ones_like(ids, dtype=torch.bool))
+    blocks = list(distinct.blocks(size))
+    assert len(blocks) == expected
+    assert [row for rows, _, _ in blocks for row in range(rows.start, rows.stop)] == list(range(6))
+    for rows, groups, copies in blocks:
+        assert size is None or rows.stop - rows.start <= size
+        owners = spread(torch.arange(2)[groups], copies)
+        assert torch.equal(owners, distinct.group[rows])
+    assert torch.equal(distinct.everywhere(distinct.ids), ids)
 
 
 # ----------------------------------------------------------------------------------------------------- others' traps
@@ -332,8 +370,9 @@ def four_passes(policy, prompts, completions):
     from dvr1_lite.rollout import _Decoder
 
     with torch.no_grad(), policy.merged():
-        decoder = _Decoder(policy, policy.prefill(prompts), completions.ids.shape[1], completions.ids.shape[2])
+        decoder = _Decoder(policy, policy.prefill(prompts), completions.ids.shape[2])
         rows = completions.ids.flatten(0, 1)
+        decoder.branch(torch.arange(len(prompts)).repeat_interleave(completions.ids.shape[1]))
         sampling = torch.zeros(rows.shape, dtype=torch.float64)
         for step in range(rows.shape[1]):
             logp = policy.log_softmax(decoder.state, 1.0)

@@ -69,21 +69,35 @@ def test_the_same_seed_gives_the_same_rollout(policy, prompts):
     assert first.texts != other.texts
 
 
-def test_leaving_finished_rows_behind_changes_nothing(policy, prompts, ending, monkeypatch):
-    shrinking = sample_groups(policy, prompts, 6, 30, generator=seeded(5))
-    assert len(set(shrinking.lengths.flatten().tolist())) > 3
-    monkeypatch.setattr(rollout_module, "SHRINK", -1.0)
-    whole = sample_groups(policy, prompts, 6, 30, generator=seeded(5))
-    assert torch.equal(shrinking.completions.ids, whole.completions.ids)
-    torch.testing.assert_close(shrinking.logp_sampling, whole.logp_sampling, rtol=0, atol=1e-12)
+def test_sharing_equal_beginnings_changes_nothing(policy, prompts, ending, monkeypatch):
+    shared = sample_groups(policy, prompts, 6, 30, generator=seeded(5))
+    assert len(set(shared.lengths.flatten().tolist())) > 3
+    unique, calls = torch.unique, []
+
+    def all_differ(x, **_):
+        calls.append(len(x))
+        return x, torch.arange(len(x))
+
+    monkeypatch.setattr(rollout_module.torch, "unique", all_differ)
+    apart = sample_groups(policy, prompts, 6, 30, generator=seeded(5))
+    monkeypatch.setattr(rollout_module.torch, "unique", unique)
+    assert calls and torch.equal(shared.completions.ids, apart.completions.ids)
+    torch.testing.assert_close(shared.logp_sampling, apart.logp_sampling, rtol=0, atol=1e-12)
 
 
-def test_finished_rows_leave_the_batch(policy, prompts, ending, monkeypatch):
+def test_a_step_costs_its_different_beginnings(policy, prompts, ending, monkeypatch):
     widths = []
     real = policy.run
     monkeypatch.setattr(policy, "run", lambda hidden, *rest: widths.append(len(hidden)) or real(hidden, *rest))
-    sample_groups(policy, prompts, 6, 30, generator=seeded(5))
-    assert widths[0] == 3 and widths[1] == 18 and widths[-1] < 18  # one prefill, then all rows, then fewer
+    rollout = sample_groups(policy, prompts, 6, 30, generator=seeded(5))
+    rows = [(i // 6, tuple(row[keep].tolist())) for i, (row, keep) in enumerate(
+        zip(rollout.completions.ids.flatten(0, 1), rollout.completions.mask.flatten(0, 1)))]
+    beginnings = [len({(group, row[:length]) for group, row in rows if len(row) > length})
+                  for length in range(1, max(len(row) for _, row in rows))]
+    assert widths == [3, *beginnings] and beginnings[-1] < 18
+    widths.clear()
+    sample_groups(policy, prompts, 8, 5, greedy=True)
+    assert set(widths) <= {1, 2, 3}  # greedy rows of a group never differ
 
 
 def test_greedy_is_transformers_generate(policy, prompts):
