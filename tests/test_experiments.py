@@ -166,6 +166,20 @@ def test_settings_are_read_from_the_results_folder(tmp_path):
     assert read_settings(tmp_path) == {"grpo": {"beta": 0.3}}
 
 
+def test_recorded_files_name_no_folder_and_no_host():
+    import platform
+    import re
+
+    for path in sorted((RESULTS / "results").glob("*/*.json")):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r'"(/|[A-Z]:\\\\|~)', text) and f'"{platform.node()}"' not in text, path
+
+
+def test_every_recorded_run_can_be_made_again_from_its_config():
+    for name, run in read_runs(RESULTS / "results").items():
+        assert same_config(run["config"], make_config(run["config"])), name
+
+
 # --- statistics by hand ----------------------------------------------------------------------------------------------
 
 
