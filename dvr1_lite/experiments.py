@@ -611,7 +611,7 @@ def perform(spec_path: Path) -> int:
     trainer = Trainer(make_config(spec["config"] | {"out": str(out)}), out, load_newest(out))
     try:
         trainer.begin()
-        if spec["kind"] == "base" and Path(spec["result"]).exists():  # of the base model only the encoded clips are missing
+        if spec["kind"] == "base" and Path(spec["result"]).exists():  # only the encoded clips are missing
             save_features(trainer, folder)
             return 0
         if spec["kind"] == "base":
