@@ -187,11 +187,16 @@ def test_data_and_pretrain_pass_seed_and_folder(tmp_path, capsys, monkeypatch):
                         lambda out, seed: seen.append((out, seed)) or {"splits": {"train": split}})
     monkeypatch.setattr("dvr1_lite.pretraining.pretrain",
                         lambda out, recipe: seen.append((out, recipe.seed)) or {"parameters": 7, "minutes": 1.5})
+    monkeypatch.setattr("dvr1_lite.policy.Policy.load", lambda folder: folder)
+    monkeypatch.setattr("dvr1_lite.acceptance.examine", lambda policy, records, **how: {"policy": policy})
+    monkeypatch.setattr("dvr1_lite.acceptance.write", lambda found, out: seen.append((found["policy"], out)))
+    monkeypatch.setattr("dvr1_lite.acceptance.as_table", lambda found: "a table")
     for command in ("data", "pretrain"):
         assert cli.main([command, "--out", str(tmp_path / "new"), "--seed", "3"]) == 0
-    assert seen == [(tmp_path / "new", 3)] * 2
+    new = tmp_path / "new"
+    assert seen == [(new, 3), (new, 3), (new, new)]
     told = capsys.readouterr().out
-    assert told == f"train: 2 questions on 1 clips\n7 parameters in {tmp_path / 'new'}, 1.5 minutes\n"
+    assert told == f"train: 2 questions on 1 clips\n7 parameters in {tmp_path / 'new'}, 1.5 minutes\na table\n"
 
 
 def test_commands_are_listed_and_guessed(capsys):
