@@ -2,9 +2,10 @@ r"""The policy: a Qwen-VL model whose frozen encoder runs once per clip and whos
 
 A group is G completions of one prompt. Everything before the completion is the same for all G of them, so a pass over
 B groups prefills B prompts (not B x G), expands their keys and values G times, and runs only the completion tokens
-through the model, equal completions of a group once. Sampling, old, reference and training log-probs all take this one path; in training the gradient
-flows back through the expanded keys and values into the prefill. Appendix C of the paper has the set-up (QLoRA, frozen
-encoder). Differs from the paper: there the whole prompt is repeated for every completion; the numbers are the same.
+through the model, equal completions of a group once. Sampling, old, reference and training log-probs all take this one
+path; in training the gradient flows back through the expanded keys and values into the prefill. Appendix C of the paper
+has the set-up (QLoRA, frozen encoder). Differs from the paper: there the whole prompt is repeated for every completion;
+the numbers are the same.
 
 Axes: B groups, G completions of a group, T completion tokens, P prompt tokens, V visual tokens, H hidden size.
 """
