@@ -1,0 +1,154 @@
+"""The one table that ties the paper to this project: python notebooks/paper_map.py writes it into notebook 00.
+
+Each row names what the paper prints, where the notebooks explain it, the code, and a test that holds the code to it.
+`tests/test_paper_map.py` checks that all of these exist. Sections are looked up in the notebooks, not written here.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+
+FOLDER = Path(__file__).resolve().parent
+START = FOLDER / "00_start_here.ipynb"
+HEADING = "## 5. The map (Core)"  # of the cell that holds the table
+NOTEBOOKS = {number: name for number, name in (
+    ("00", "00_start_here.ipynb"), ("01", "01_grpo_vanishing_advantages.ipynb"),
+    ("02", "02_deriving_reg_grpo.ipynb"), ("03", "03_difficulty_aware_augmentation.ipynb"),
+    ("04", "04_qlora_video_llm.ipynb"))}
+
+
+@dataclass(frozen=True)
+class Row:
+    """`paper` is "Eq. 5", "table 4" or "figure 3"; `again` says under which numbers the appendix prints it again."""
+
+    paper: str
+    what: str
+    notebook: str
+    code: str  # module.name in dvr1_lite
+    test: str  # module.name in tests, without "test_" before the module
+    again: str = ""
+
+
+ROWS = (
+    Row("Eq. 1", "PPO's clipped surrogate", "01", "objectives.grpo", "objectives.test_clipped_grpo_by_hand"),
+    Row("Eq. 2", "GRPO", "01", "objectives.grpo",
+        "objectives.test_on_policy_grpo_has_value_zero_and_gradient_minus_the_advantage_over_the_length"),
+    Row("Eq. 3", "reward with a price on distance", "02", "objectives.centred_regression",
+        "objectives.test_centred_regression_keeps_the_scale_that_reg_grpo_loses", "10"),
+    Row("Eq. 4", "its best policy", "02", "objectives.centred_regression",
+        "objectives.test_the_optimum_of_centred_regression_is_the_policy_of_equation_four", "11 to 14"),
+    Row("Eq. 5", "advantages of a group", "01", "advantages.group_advantages",
+        "advantages.test_both_conventions_of_the_std_by_hand", "16"),
+    Row("Eq. 6", "the reward read off the best policy", "02", "objectives.reward_regression",
+        "objectives.test_reward_regression_by_hand", "15"),
+    Row("Eq. 7", "predicted advantages", "02", "advantages.predicted_advantages",
+        "advantages.test_predicted_advantages_by_hand"),
+    Row("Eq. 8", "Reg-GRPO", "02", "objectives.reg_grpo", "objectives.test_reg_grpo_by_hand", "17, 18"),
+    Row("Eq. 9", "difficulty of a prompt", "03", "difficulty.RewardHistory",
+        "difficulty.test_difficulty_is_the_history_mean_minus_the_groups_own"),
+    Row("Eq. 19", "format reward", "04", "rewards.format_reward",
+        "rewards.test_malformed_text_earns_nothing_on_any_part"),
+    Row("Eq. 20", "accuracy reward", "04", "rewards.accuracy_reward",
+        "rewards.test_each_record_has_its_own_kind_of_reward"),
+    Row("Eq. 21", "IoU reward", "04", "rewards.iou_reward", "rewards.test_temporal_iou_by_hand"),
+    Row("Eq. 22", "accuracy", "04", "evaluation.summarise", "evaluation.test_summary_by_hand"),
+    Row("Eq. 23", "mean IoU", "04", "evaluation.grounding", "evaluation.test_recall_by_hand"),
+    Row("Eq. 24", "R@m", "04", "evaluation.grounding", "evaluation.test_recall_by_hand"),
+    Row("table 1", "SEED-Bench-R1 and LongVideoBench (published; reader)", "00", "data.read_records",
+        "data.test_seed_bench_validation_row"),
+    Row("table 2", "other benchmarks (published; evaluator)", "00", "evaluation.evaluate",
+        "evaluation.test_a_row_for_every_question"),
+    Row("table 3", "NExT-GQA (published; reader)", "00", "data.read_records",
+        "data.test_next_gqa_rows_with_their_spans"),
+    Row("table 4", "GRPO or Reg-GRPO, with or without augmentation", "00", "experiments.EXPERIMENTS",
+        "experiments.test_table4_has_the_rows_and_the_published_figures_of_the_paper"),
+    Row("table 5", "Reg-GRPO and its rivals", "02", "experiments.EXPERIMENTS",
+        "experiments.test_every_experiment_plans_at_equal_budgets"),
+    Row("table 6", "relative or absolute difficulty", "03", "difficulty.RewardHistory",
+        "difficulty.test_an_absolute_reference_replaces_the_mean_and_nothing_else"),
+    Row("table 7", "hints alone, noise alone, both", "03", "augmentation.plan_augmentation",
+        "augmentation.test_directions"),
+    Row("table 8", "fixed or adaptive scale", "03", "augmentation.plan_augmentation",
+        "augmentation.test_a_fixed_scale_has_one_amount_for_all_and_the_same_dead_zone"),
+    Row("figure 2", "the augmentation: hints for hard, noise for easy", "03", "augmentation.cut_hint",
+        "augmentation.test_a_hint_shows_the_first_words_rounded_up_and_blanks_the_rest"),
+    Row("figure 3", "how many groups vanish while training", "01", "advantages.vanishing_ratio",
+        "advantages.test_the_ratio_is_split_into_both_ends"),
+    Row("appendix C", "settings", "04", "config.TrainConfig", "training.test_the_papers_settings_that_are_known"),
+)
+
+
+def numbers(text: str) -> set[int]:
+    """The numbers in "3, 10", "8 and 18" or "10 to 14"."""
+    found = {int(number) for number in re.findall(r"\d+", text)}
+    for low, high in re.findall(r"(\d+)(?: to |-)(\d+)", text):
+        found |= set(range(int(low), int(high) + 1))
+    return found
+
+
+def mentions(text: str, paper: str) -> bool:
+    """Whether a Markdown text has this equation (as a tag or in words), table, figure or appendix."""
+    kind, name = paper.split(" ")
+    if kind != "Eq.":
+        return re.search(rf"(?i)\b{kind}s? {name}\b", text) is not None
+    listed = r"\d+(?:(?:, | and | to )\d+)*(?![\d.])"
+    places = re.findall(rf"\\tag\{{({listed})\}}", text) + re.findall(rf"\bEq\. ({listed})", text)
+    return any(int(name) in numbers(place) for place in places)
+
+
+def section(row: Row) -> str | None:
+    """Number of the section of the row's notebook where it comes first; "" before the first, None if nowhere.
+
+    A cell with the equation's own tag counts before one that only speaks of it.
+    """
+    path = FOLDER / NOTEBOOKS[row.notebook]
+    cells = nbformat.read(str(path), as_version=4).cells if path.exists() else []
+    for only_tags in (True, False):
+        current = ""
+        for cell in cells:
+            if cell.cell_type != "markdown" or cell.source.startswith(HEADING):
+                continue
+            for part in re.split(r"(?m)^(?=## )", cell.source):
+                heading = re.match(r"## (\d+)\.", part)
+                current = heading[1] if heading else current
+                text = " ".join(re.findall(r"\\tag\{[^}]*\}", part)) if only_tags else part
+                if mentions(text, row.paper):
+                    return current
+    return None
+
+
+def line(row: Row) -> str:
+    """One row in Markdown, with links from the folder of notebook 00."""
+    module, name = row.code.split(".")
+    tests, test = row.test.split(".")
+    where, again = section(row), f" (again {row.again})" if row.again else ""
+    place = f"{row.notebook}, section {where}" if where else row.notebook
+    if (FOLDER / NOTEBOOKS[row.notebook]).exists():
+        place = f"[{place}]({NOTEBOOKS[row.notebook]})"
+    return (f"| {row.paper}{again} | {row.what} | {place} "
+            f"| [`{module}`](../dvr1_lite/{module}.py) `.{name}` "
+            f"| [`{tests}`](../tests/test_{tests}.py) `{test.removeprefix('test_').replace('_', ' ')}` |")
+
+
+def markdown() -> str:
+    """The table as it stands in notebook 00."""
+    head = ["| paper | what | explained in | code | held by the test |", "| --- | --- | --- | --- | --- |"]
+    return "\n".join(head + [line(row) for row in ROWS])
+
+
+def table_cell(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The cell of notebook 00 that holds the table."""
+    return next(cell for cell in notebook.cells if cell.source.startswith(HEADING))
+
+
+def main() -> None:
+    notebook = nbformat.read(START, as_version=4)
+    cell = table_cell(notebook)
+    cell.source = re.sub(r"(?m)(?:^\|.*\n?)+", lambda _: markdown() + "\n", cell.source)
+    nbformat.write(notebook, START)
+
+
+if __name__ == "__main__":
+    main()
