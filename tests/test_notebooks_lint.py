@@ -47,7 +47,7 @@ def broken_links(text: str, folder: Path) -> list[str]:
     return [link for link in local if not (folder / link).exists()]
 
 
-each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.relative_to(ROOT / "notebooks").as_posix())
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=[p.relative_to(ROOT / "notebooks").as_posix() for p in NOTEBOOKS])
 
 
 @each
@@ -114,7 +114,7 @@ def test_has_a_solution_or_is_one(path):
     assert path.parent.name == "solutions" or (path.parent / "solutions" / path.name).exists()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(ROOT).as_posix() for page in PAGES])
 def test_links_of_pages_resolve(page):
     assert broken_links(page.read_text(encoding="utf-8"), page.parent) == []
 
