@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent
 CELL_TIMEOUT = 300  # seconds for one cell of a notebook
 OUTPUT_TIMEOUT = 60  # seconds for a cell's last output to arrive
@@ -36,3 +38,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if hasattr(item, "output_timeout"):  # hard-coded 5 s in nbval 0.11.0
             item.output_timeout = OUTPUT_TIMEOUT
+
+
+@pytest.fixture(autouse=True)
+def environment_stays():
+    """A variable that a test sets (the command line chooses matplotlib's backend) must not reach the kernels."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
