@@ -40,11 +40,8 @@ def pytest_collection_modifyitems(items):
             item.output_timeout = OUTPUT_TIMEOUT
 
 
-@pytest.fixture(autouse=True)
-def environment_stays():
-    """A variable that a test sets (the command line chooses matplotlib's backend) must not reach the kernels."""
-    before = dict(os.environ)
-    yield
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
-    os.environ.update(before)
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """A kernel draws inline only where neither the shell nor an earlier test named another backend of matplotlib."""
+    if hasattr(item, "output_timeout"):
+        os.environ.pop("MPLBACKEND", None)

@@ -341,7 +341,6 @@ def run(arguments: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     r"""Runs one command and returns the exit status: 0, 2 for a mistake that the message explains, 130 after Ctrl-C."""
-    os.environ.setdefault("MPLBACKEND", "Agg")
     try:
         return run(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
@@ -353,4 +352,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("MPLBACKEND", "Agg")  # figures go to files; not in main(), whose caller may be a notebook
     sys.exit(main())
