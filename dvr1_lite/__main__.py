@@ -60,17 +60,27 @@ def parse_training(arguments: Sequence[str]) -> tuple[str | None, str | None, di
     r"""(config file, folder to resume, overrides) of the train command; every field of the config is an option."""
     from transformers import HfArgumentParser
 
-    from .config import TrainConfig, field_types, unknown_keys
+    from .config import PARTS, TrainConfig, field_types, unknown_keys
 
     class TrainParser(Parser, HfArgumentParser):
         def __init__(self):
             Parser.__init__(self, "train", train_command.__doc__)
+            self.add_argument("--config", metavar="FILE.yaml", help="Config file; options given here override it.")
+            self.add_argument("--resume", metavar="DIR", help="Go on with the run in this folder.")
             self.dataclass_types = [TrainConfig]
             self._add_dataclass_arguments(TrainConfig)
 
     parser = TrainParser()
-    parser.add_argument("--config", metavar="FILE.yaml", help="Config file; options given here override it.")
-    parser.add_argument("--resume", metavar="DIR", help="Go on with the run in this folder.")
+    parser.usage = "%(prog)s [--config FILE.yaml | --resume DIR] [--FIELD VALUE ...]"
+    part = parser._optionals
+    for action in list(part._group_actions):
+        if action.dest in PARTS:
+            part = parser.add_argument_group(PARTS[action.dest])
+        if part is not parser._optionals:  # listed below its part's name
+            parser._optionals._group_actions.remove(action)
+            part._group_actions.append(action)
+        if action.option_strings[0].startswith("--no_"):
+            action.help = f"The same as --{action.dest} false."
     for action in parser._actions:
         kind, optional = field_types().get(action.dest, (None, False))
         if optional:
@@ -158,7 +168,7 @@ def accuracy_table(summary: dict) -> str:
 
 def ask_command(arguments: Sequence[str]) -> int:
     r"""Ask the base model, or one that you trained, about a clip; prints its trace and its answer."""
-    from .data import Record, prompt_text
+    from .data import Record, prompt_text, with_option
     from .evaluation import see
     from .rewards import parse_completion
     from .rollout import sample_groups
@@ -173,13 +183,16 @@ def ask_command(arguments: Sequence[str]) -> int:
     record = Record("ask", options.question, tuple(options.options), "",
                     "multiple choice" if options.options else "exact", "ask", Path(options.clip))
     prompt = policy.prompt(prompt_text(record, instruction=config.instruction), see(policy, record, config.view()))
+    unknown = policy.unknown_words(options.question, *options.options)
+    if unknown:
+        print(f"note: the model has never seen {', '.join(unknown)}; do not expect much of its answer", file=sys.stderr)
     text = sample_groups(policy, [prompt], 1, config.max_new_tokens, greedy=True).texts[0][0]
     found = parse_completion(text)
     if not found.well_formed:
         print(f"not in the form <think>...</think><answer>...</answer>: {text}")
         return 0
     spans = "".join(f", from {start} to {end} s" for start, end in found.spans or ())
-    print(f"trace:  {found.think}\nanswer: {found.answer}{spans}")
+    print(f"trace:  {found.think}\nanswer: {with_option(found.answer, record.options)}{spans}")
     return 0
 
 

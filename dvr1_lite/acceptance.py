@@ -127,13 +127,26 @@ def as_table(facts: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+COLUMNS = """\
+- *format*: completions of the form `<think>...</think><answer>...</answer>`; *sampled*: right answers at temperature 1;
+  *greedy*: right answers with the most probable token each time;
+- *zero spread*: groups whose eight total rewards are equal, so that they teach nothing; of these *all right* have the
+  largest reward throughout and *all wrong* no right answer (the rest agree on something between);
+- *swapped clip*: right answers when another question's clip is shown;
+- *trace found*: of the questions that no completion of the group answers, those for which one of four traces written
+  with the answer shown is right.
+
+"""
+
+
 def write(facts: dict, folder: str | Path) -> None:
     """Writes `acceptance.json` and `ACCEPTANCE.md` into the model's folder."""
     folder = Path(folder)
     (folder / "acceptance.json").write_text(json.dumps(_rounded(facts), indent=1) + "\n", encoding="utf-8")
     (folder / "ACCEPTANCE.md").write_text(
         "# What the base model can do\n\nMeasured in the training environment, in per cent, by "
-        "`python -m dvr1_lite pretrain`; groups of 8 at temperature 1.\n\n" + as_table(facts), encoding="utf-8")
+        "`python -m dvr1_lite pretrain`; 200 questions a type, groups of 8 at temperature 1.\n\n" + COLUMNS + as_table(facts),
+        encoding="utf-8")
 
 
 def _rounded(value):

@@ -200,6 +200,11 @@ class TrainConfig:
         return paths
 
 
+# The first field of each part and the part's name, for `train --help` and the YAML files.
+PARTS = {"model": "The model", "train_file": "The data", "method": "The objective", "group_size": "The loop",
+         "history_window": "Difficulty and augmentation", "eval_limit": "Evaluation", "seed": "The run"}
+
+
 # --- what is possible ------------------------------------------------------------------------------------------------
 
 _POSITIVE = ("lora_rank lora_alpha num_frames frame_size group_size prompts_per_step steps rollout_budget "
@@ -319,5 +324,6 @@ def to_yaml(config: TrainConfig) -> str:
         value = getattr(config, field.name)
         value = config.eval_paths() if field.name == "eval_files" else value
         entry = yaml.safe_dump({field.name: value}, sort_keys=False, allow_unicode=True, width=10**6)
+        lines += [f"# --- {PARTS[field.name]} ---\n"] if field.name in PARTS else []
         lines += [f"# {field.metadata['help']}", entry]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
@@ -57,6 +57,12 @@ class Record:
     def clip_id(self) -> str:
         """What the question is about: records that share it are not independent samples."""
         return str(self.clip or self.image or self.record_id)
+
+    @property
+    def answer_in_words(self) -> str:
+        """The right answer for a reader: with its option's text and its first span, such as "A (red) from 0.0 to 1.0"."""
+        span = f" from {self.spans[0][0]} to {self.spans[0][1]}" if self.spans else ""
+        return with_option(self.answer, self.options) + span
 
 
 def read_records(
@@ -108,6 +114,12 @@ def prompt_text(record: Record, *, hint: str = "", show_answer: bool = False, in
         span = f" from {record.spans[0][0]} to {record.spans[0][1]}" if record.spans else ""
         lines.append(f"The answer is {record.answer}{span}.")
     return "\n".join(lines + [instruction] * bool(instruction))
+
+
+def with_option(answer: str, options: Sequence[str]) -> str:
+    r"""An answer beside the text of the option that it names: "A" becomes "A (red)". Other answers stay as they are."""
+    place = LETTERS.find(answer.strip().upper()) if len(answer.strip()) == 1 else -1
+    return f"{answer} ({options[place]})" if 0 <= place < len(options) else answer
 
 
 # One reader a format. Each takes a row and returns a record.

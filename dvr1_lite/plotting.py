@@ -51,12 +51,12 @@ def smooth(values: Sequence[float], window: int) -> np.ndarray:
 
 
 def reward_curve(metrics: Sequence[Mapping], method: str = "reg-grpo", window: int = 10) -> Figure:
-    r"""Share of the largest reward at each step, on the prompts as they are (not augmented), with its two main parts.
+    r"""Reward at each step divided by its maximum, on the prompts as they are (not augmented), with its two main parts.
 
     metrics: the lines of metrics.jsonl. Faint: each step; strong: the mean of the last `window` steps.
     """
     steps = [line["step"] for line in metrics]
-    lines = [("reward_normalised", "reward, share of the largest", METHOD_COLOURS[method], "-"),
+    lines = [("reward_normalised", "reward / its maximum", METHOD_COLOURS[method], "-"),
              ("accuracy", "accuracy", "#555555", "--"), ("format_rate", "format", "#999999", ":")]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7, 3.6))
@@ -64,8 +64,9 @@ def reward_curve(metrics: Sequence[Mapping], method: str = "reg-grpo", window: i
             values = [line[key] for line in metrics]
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
             axes.plot(steps, smooth(values, window), color=colour, linestyle=dash, label=label)
-        axes.set(title=f"Reward while training, {method}", xlabel="step", ylabel="mean over the step's completions",
-                 ylim=(-0.02, 1.02))
+        axes.set(title=f"Training with {method}, on prompts without hint or noise", ylim=(-0.02, 1.02),
+                 xlabel=f"step (strong: mean of the last {window}; faint: each step)",
+                 ylabel="mean over the step's completions")
         axes.legend(loc="lower right")
     return figure
 
@@ -82,31 +83,31 @@ def vanishing_curve(metrics: Sequence[Mapping], window: int = 10) -> Figure:
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
         left.stackplot(steps, column("vanishing_all_right"), column("vanishing_all_wrong"), alpha=0.8,
                        labels=["all right", "all wrong"], colors=["#44AA99", "#882255"])
-        left.set(title="Groups as sampled", xlabel="step", ylabel="share of groups that vanish", ylim=(0, 1))
+        left.set(title="Groups as sampled", xlabel=f"step (mean of the last {window})", ylabel="share of groups that vanish", ylim=(0, 1))
         right.plot(steps, column("vanishing"), color="#555555", linestyle="--", label="as sampled")
         right.plot(steps, column("vanishing_after"), color=METHOD_COLOURS["reg-grpo"], label="as trained on")
-        right.set(title="Before and after augmentation", xlabel="step")
+        right.set(title="Before and after augmentation", xlabel=f"step (mean of the last {window})")
         for axes in (left, right):
             axes.legend(loc="upper left")
     return figure
 
 
 def accuracy_by_type(before: Mapping[str, Mapping], after: Mapping[str, Mapping]) -> Figure:
-    r"""Accuracy of every question type before and after training, one panel a split, with 95 % intervals.
+    r"""Accuracy of every question type before and after training, a row of bars for each split, with 95 % intervals.
 
     before, after: as in summary.json, {split: {"accuracy", "ci95", "n", "by_type"}}. The first pair of bars is the
     whole split.
     """
     splits = list(after)
-    sizes = [1 + len(after[split]["by_type"]) for split in splits]
+    widest = max(1 + len(after[split]["by_type"]) for split in splits)
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, len(splits), figsize=(1.5 + 0.62 * sum(sizes), 4), sharey=True, squeeze=False,
-                                      width_ratios=sizes)
-        for axes, split in zip(panels[0], splits):
+        figure, panels = plt.subplots(len(splits), 1, figsize=(1.5 + 0.75 * widest, 0.5 + 2.5 * len(splits)), squeeze=False)
+        for axes, split in zip(panels[:, 0], splits):
             _bars(axes, before[split], after[split])
-            axes.set(title=f"{split} (n = {after[split]['n']})", ylim=(0, 100))
-        panels[0, 0].set_ylabel("accuracy in %, 95 % interval")
-        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+            axes.set(title=f"{split} (n = {after[split]['n']})", ylim=(0, 100), xlim=(-0.5, widest - 0.5),
+                     ylabel="accuracy in %")
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2,
+                      title="95 % intervals, clustered by clip")
     return figure
 
 
@@ -122,7 +123,7 @@ def _bars(axes, before: Mapping, after: Mapping) -> None:
                           for cell in cells]).T.clip(min=0)
         axes.bar(places + shift, heights, 0.38, yerr=reach, label=label, color=colour, hatch=hatch, edgecolor="white",
                  error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "#222222"})
-    axes.set_xticks(places, names, rotation=60, ha="right")
+    axes.set_xticks(places, names, fontsize=9)
     axes.grid(axis="x", visible=False)
 
 
@@ -146,13 +147,13 @@ def sample_strips(samples: Sequence[Mapping]) -> Figure:
     samples: mappings with `clip` (as in `frame_strip`), `question`, `answer`, `before` and `after`.
     """
     with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(9.5, 2.4 * len(samples)))
+        figure = plt.figure(figsize=(9.5, 2.3 * len(samples)))
         for part, sample in zip(figure.subfigures(len(samples), 1, squeeze=False)[:, 0], samples):
             frames, seconds = _pictures(sample["clip"], 8)
-            question = textwrap.shorten(" ".join(sample["question"].split()), 110)
+            question = textwrap.shorten(" ".join(sample["question"].split()), 150)
             told = [f"{when}: {textwrap.shorten(sample[when], 220) or '(nothing)'}" for when in ("before", "after")]
-            caption = "\n".join(textwrap.fill(line, 125) for line in told)
-            _strip(part, frames, seconds, f"{question}  (answer: {sample['answer']})", caption)
+            caption = "\n".join(textwrap.fill(line, 125) for line in [f"right answer: {sample['answer']}", *told])
+            _strip(part, frames, seconds, question, caption)
     return figure
 
 

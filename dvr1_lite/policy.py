@@ -492,6 +492,13 @@ class Policy:
         r"""Decodes one completion's token ids (T,), special tokens left out."""
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
 
+    def unknown_words(self, *texts: str) -> list[str]:
+        r"""The words of the texts, each once, for which the tokenizer has no token (only word-level ones lack any)."""
+        words = dict.fromkeys(word.strip(".,;:!?\"'()") for text in texts for word in text.split())
+        unknown = self.tokenizer.unk_token_id
+        return [word for word in words if word and unknown is not None
+                and unknown in self.tokenizer(word, add_special_tokens=False)["input_ids"]]
+
     def _banned_tokens(self) -> torch.Tensor:
         r"""Which of the vocabulary's tokens are never sampled: vision, turn and pad tokens, and ids without a word."""
         size = self.core.get_output_embeddings().weight.shape[0]
@@ -768,16 +775,19 @@ def _why_not_loaded(error: BaseException) -> str:
 
 
 def _load_config(path: str | Path, local_files_only: bool):
+    if _is_folder(path) and (Path(path) / "config.json").is_file() and not any(Path(path).glob("*.safetensors")):
+        raise ModelError(f"model folder {path} holds no weights (*.safetensors): download the checkpoint again, "
+                         f"or convert pickled weights to safetensors")
+    return load_architecture(path, local_files_only)
+
+
+def load_architecture(path: str | Path, local_files_only: bool = False):
+    r"""The transformers config of a checkpoint's config.json, without its weights. Raises ModelError."""
     from transformers import AutoConfig
 
-    if _is_folder(path):
-        folder = Path(path)
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"model folder {path} has no config.json: give the folder of a whole checkpoint (an "
-                             f"adapter folder goes into `adapter`)")
-        if not any(folder.glob("*.safetensors")):
-            raise ModelError(f"model folder {path} holds no weights (*.safetensors): download the checkpoint again, "
-                             f"or convert pickled weights to safetensors")
+    if _is_folder(path) and not (Path(path) / "config.json").is_file():
+        raise ModelError(f"model folder {path} has no config.json: give the folder of a whole checkpoint (an "
+                         f"adapter folder goes into `adapter`)")
     with _load_errors(path):
         config = AutoConfig.from_pretrained(path, local_files_only=local_files_only, trust_remote_code=False)
     if config.model_type not in FAMILIES:

@@ -76,6 +76,8 @@ def train(config: TrainConfig, progress: bool = True, resume: bool = False) -> d
     _check_folder(config, out, resume)
     done = _read_summary(out)
     if done.get("complete"):
+        print(f"The run in {out} is complete, all {done['step']} steps; nothing was done. For a longer one, start anew "
+              f"with more --steps and another --out.")
         return done
     trainer = Trainer(config, out, load_newest(out) if resume else None)
     try:
@@ -486,8 +488,20 @@ class Trainer:
         shutil.rmtree(part, ignore_errors=True)
         with writing(folder):
             self.policy.save_adapter(part)
+            write_atomically(part / "README.md", self._model_card())
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(part, folder)
+
+    def _model_card(self) -> str:
+        r"""What someone who finds the adapter alone needs to know: how it was made and how it is loaded."""
+        config, base = self.config, Path(self.config.model).name
+        return (f"---\nbase_model: {config.model}\nlibrary_name: peft\n---\n\n# LoRA adapter for {base}\n\n"
+                f"Trained by `python -m dvr1_lite train` with {config.method}, augmentation {config.augment}, seed "
+                f"{config.seed}: {self.step} of {config.steps} steps, {self.rollouts} completions sampled. Every "
+                f"setting is in `config.yaml` and every accuracy in `summary.json`, in the folder above this one.\n\n"
+                f"Ask it about a clip:\n\n    python -m dvr1_lite ask --adapter THIS_FOLDER --clip FILE.mp4 --question "
+                f"\"...\"\n\nor load it with peft: `PeftModel.from_pretrained(base_model, THIS_FOLDER)`. Written with "
+                + ", ".join(f"{name} {version}" for name, version in versions().items() if version) + ".\n")
 
     def summary(self, complete: bool) -> dict:
         r"""What `summary.json` holds."""
@@ -693,6 +707,6 @@ def sample_answers(config: TrainConfig, out: Path, count: int = 4) -> list[dict]
         record = records[index]
         with contextlib.suppress(ClipError):
             clip = read_clip(record.clip, config.num_frames, (config.frame_size, config.frame_size))
-            samples.append({"clip": clip, "question": prompt_text(record), "answer": record.answer,
+            samples.append({"clip": clip, "question": prompt_text(record), "answer": record.answer_in_words,
                             "before": before[index]["completion"], "after": after[index]["completion"]})
     return samples

@@ -11,6 +11,7 @@ from small_run import write_world
 
 from dvr1_lite import __main__ as cli
 from dvr1_lite.config import TrainConfig
+from dvr1_lite.paths import resolve
 
 SMALL = ["--num-frames", "4", "--steps", "2", "--prompts-per-step", "2", "--group_size=3", "--max-new-tokens", "5",
          "--inner-updates", "1", "--no-figures"]
@@ -63,6 +64,8 @@ def test_help_lists_every_field_with_unit_and_paper_value(capsys):
     for field in fields(TrainConfig):
         assert f"--{field.name}" in told, field.name
     assert told.count("; paper: ") >= len(fields(TrainConfig))
+    assert "The objective: --method" in told and "The run: --seed" in told
+    assert "--no_figures, --no-figures The same as --figures false." in told
 
 
 @pytest.mark.parametrize(("arguments", "told"), [
@@ -92,6 +95,13 @@ def test_a_folder_that_holds_a_run(run, capsys):
     fails(capsys, ["train", "--out", run], "already holds a run", "--resume", "another --out")
     fails(capsys, ["train", "--resume", run, "--steps", 5], "leave out steps")
     fails(capsys, ["train", "--resume", run.parent], "holds no run")
+
+
+def test_a_complete_run_says_so_and_is_left_alone(run, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert cli.main(["train", "--resume", str(run)]) == 0
+    assert "complete, all 2 steps; nothing was done. For a longer one" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
 def test_records_that_are_wrong(world, tmp_path, capsys):
@@ -167,6 +177,16 @@ def test_ask_prints_trace_answer_and_span(run, world, capsys, monkeypatch):
     where = ["--clip", str(world / "0.mp4"), "--adapter", str(run / "adapter")]
     assert cli.main(["ask", *where, "--question", "when"]) == 0
     assert capsys.readouterr().out == "trace:  red first\nanswer: B, from 1.0 to 2.5 s\n"
+    assert cli.main(["ask", *where, "--question", "when", "--options", "red", "green"]) == 0
+    assert "answer: B (green), from 1.0 to 2.5 s\n" in capsys.readouterr().out
+
+
+def test_ask_names_words_that_the_model_does_not_know(capsys):
+    where = ["ask", "--clip", str(resolve("data/toyvideoqa/clips/L1/parade_0000.mp4")), "--question"]
+    assert cli.main([*where, "What vehicle, if any, is first?"]) == 0
+    assert "never seen vehicle, if, any;" in capsys.readouterr().err
+    assert cli.main([*where, "Tell me the shapes second by second."]) == 0
+    assert capsys.readouterr().err == ""
 
 
 # --- the others ------------------------------------------------------------------------------------------------------

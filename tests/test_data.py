@@ -17,7 +17,7 @@ from PIL import Image
 from dvr1_lite import data
 from dvr1_lite.data import (
     LETTERS, PROBLEM_TYPES, Record, check_records, clamp_spans, format_report, prompt_text, read_records, read_text,
-    to_video_r1, write_records,
+    to_video_r1, with_option, write_records,
 )
 from dvr1_lite.errors import RecordError
 from dvr1_lite.video import write_clip
@@ -314,6 +314,13 @@ def test_one_reader_serves_toyvideoqa(tmp_path):
 
 
 # Prompts
+
+
+def test_the_answer_in_words():
+    assert with_option("B", ("red", "blue")) == "B (blue)" and with_option("b ", ("red", "blue")) == "b  (blue)"
+    assert [with_option(said, ("red", "blue")) for said in ("C", "blue", "", "1")] == ["C", "blue", "", "1"]
+    record = Record("r", "When is it red?", ("red", "blue"), "A", "grounding", "grounding", None, spans=((1.0, 2.5),))
+    assert record.answer_in_words == "A (red) from 1.0 to 2.5"
 
 
 def test_prompt_text_by_hand(tmp_path):

@@ -243,6 +243,8 @@ def test_global_random_states_do_not_matter(finished, world, tmp_path, coin):
 def test_the_adapter_loads_again_and_has_learned(finished, world):
     policy = Policy.load(world / "model", quantization="nf4", adapter=finished[0] / "adapter")
     assert any("lora_B" in name and p.abs().sum() > 0 for name, p in policy.model.named_parameters())
+    card = (finished[0] / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "reg-grpo" in card and "3 of 3 steps" in card and "config.yaml" in card
 
 
 @pytest.mark.parametrize("method", METHODS)
