@@ -411,8 +411,8 @@ def accuracy_figure(found: Mapping):
             axes.set(title=f"{split} (n = {rows['base']['splits'][split]['questions']})", xlabel="accuracy in %")
         _name_rows(panels[0, 0], [f"{name} ({len(row['seeds'])})" if name != "base" else name
                                   for name, row in rows.items()])
-        figure.suptitle(f"{found['table']}, at equal {found['equal']} (seeds); filled: here, with 95 % intervals over "
-                        f"seeds (base: by clip); hollow: published, of another model and data", fontsize=9)
+        figure.suptitle(f"{_heading(found)}\nFilled: measured here (number of seeds), 95 % intervals over seeds "
+                        f"(base: by clip). Hollow: as published, for another model and other data.", fontsize=9)
     return figure
 
 
@@ -440,9 +440,16 @@ def differences_figure(found: Mapping):
             axes.axvline(0, color="#222222", linewidth=0.8)
             axes.set(title="mean of the splits" if split == "mean" else split, xlabel="difference in points")
         _name_rows(panels[0, 0], [f"{claim['row']}\nover {claim['rival']}" for claim in claims])
-        figure.suptitle(f"{found['table']}: thick, 95 % over seeds, {found['correction']}; thin, 95 % by clip; "
-                        f"hollow: published, of another model and data", fontsize=9)
+        figure.suptitle(f"{_heading(found)}\nThick: 95 % over seeds, {found['correction']}. Thin: 95 % by clip. "
+                        f"Hollow: as published, for another model and other data.", fontsize=9)
     return figure
+
+
+def _heading(found: Mapping) -> str:
+    r"""Such as "Table 4, at equal rollouts: ...?" """
+    name = found["table"]
+    name = f"{name.rstrip('0123456789').capitalize()} {name.lstrip('abcdefghijklmnopqrstuvwxyz')}".strip()
+    return f"{name}, at equal {found['equal']}. {found['question']}"
 
 
 def _point(axes, place: float, cell: Mapping, interval: str, style: Mapping) -> None:
