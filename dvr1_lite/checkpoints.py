@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .errors import ModelError, UserError
-from .files import sync
+from .files import NOT_WRITTEN, sync
 
 TEMPORARY = ".unfinished-"
 
@@ -64,7 +64,7 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], optimizer: dict
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         sync(final.parent)
-    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as RuntimeError
+    except (*NOT_WRITTEN, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{final}: the checkpoint cannot be written ({' '.join(str(error).split())[:160]}); free space "
                         f"or mend the folder, then continue with --resume {run}") from error

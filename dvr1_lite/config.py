@@ -22,6 +22,7 @@ from .difficulty import RewardHistory
 from .errors import ConfigError
 from .evaluation import View
 from .objectives import KL_ESTIMATORS, METHODS, RATIO_LEVELS, REDUCTIONS, ObjectiveConfig, validate_objective
+from .video import DECODE_TIMEOUT
 
 AUGMENT = ("both", "hard", "easy", "none", "resample")
 NOT_GIVEN = "not given"
@@ -153,6 +154,8 @@ class TrainConfig:
     keep_checkpoints: int = setting(2, "Checkpoints kept, the newest.", "checkpoints", NOT_GIVEN)
     max_broken_share: float = setting(0.05, "The run fails once more than this share of the records it tried have "
                                       "clips that cannot be read (of at least 100 tries).", "share", "does not apply")
+    decode_timeout: float = setting(DECODE_TIMEOUT, "A clip whose decoding takes longer is skipped and counted as "
+                                    "broken.", "seconds", "does not apply")
     feature_cache_mb: int = setting(256, "Memory for features of encoded clips.", "megabytes", NOT_GIVEN)
     merge_mb: int = setting(256, "Memory for dense copies of the language model's weights while sampling; without "
                             "enough of it sampling is slower.", "megabytes", NOT_GIVEN)
@@ -181,7 +184,7 @@ class TrainConfig:
 
     def view(self) -> View:
         r"""How records are shown."""
-        return View(self.num_frames, self.frame_size, self.instruction)
+        return View(self.num_frames, self.frame_size, self.instruction, self.decode_timeout)
 
     def history(self) -> RewardHistory:
         r"""An empty reward history of the configured length and reference."""
@@ -209,7 +212,7 @@ PARTS = {"model": "The model", "train_file": "The data", "method": "The objectiv
 
 _POSITIVE = ("lora_rank lora_alpha num_frames frame_size group_size prompts_per_step steps rollout_budget "
              "inner_updates micro_batch temperature max_new_tokens learning_rate adam_eps max_grad_norm hint_traces "
-             "eval_samples eval_batch save_every keep_checkpoints feature_cache_mb merge_mb").split()
+             "eval_samples eval_batch save_every keep_checkpoints decode_timeout feature_cache_mb merge_mb").split()
 _NOT_NEGATIVE = "warmup_steps weight_decay eval_limit eval_temperature seed".split()
 _SHARES = "adam_beta1 adam_beta2 max_broken_share".split()
 

@@ -1,5 +1,11 @@
 """Errors that a user can mend: each message names the thing and then the remedy."""
 
+import contextlib
+import re
+from collections.abc import Iterator
+
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")  # as torch says it on a CPU
+
 
 class UserError(Exception):
     """Base class; the command line prints it as one line and exits with status 2."""
@@ -23,3 +29,14 @@ class ModelError(UserError):
 
 class NumericsError(UserError):
     """A non-finite log-prob, reward or gradient; names the record."""
+
+
+@contextlib.contextmanager
+def within_memory(what: str, remedy: str) -> Iterator[None]:
+    """Turns running out of memory, on a CPU or a GPU, into a `UserError`: `what` ran out of memory, and the remedy."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # on a CPU torch raises a plain RuntimeError
+        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+            raise UserError(f"{what} ran out of memory: {remedy}") from error
+        raise

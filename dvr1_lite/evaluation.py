@@ -19,12 +19,12 @@ import torch
 from tqdm import tqdm
 
 from .data import Record, prompt_text
-from .errors import ClipError, ConfigError
+from .errors import ClipError, ConfigError, within_memory
 from .files import append_lines, make_folder, read_lines, write_atomically
 from .policy import Features, Policy
 from .rewards import score
 from .rollout import sample_groups
-from .video import read_clip, read_image
+from .video import DECODE_TIMEOUT, read_clip, read_image
 
 RECALL_AT = (0.3, 0.5, 0.7)
 WINDOW = 64  # batches whose questions are sorted by length together; the clips of more would not fit a small cache
@@ -34,11 +34,13 @@ WINDOW = 64  # batches whose questions are sorted by length together; the clips 
 
 @dataclass(frozen=True)
 class View:
-    r"""How records are shown: frames sampled a clip, their height and width in pixels, a last line of the prompt."""
+    r"""How records are shown: frames sampled a clip, their height and width in pixels, a last line of the prompt, and
+    the seconds that decoding a clip may take."""
 
     num_frames: int
     frame_size: int
     instruction: str = ""
+    decode_timeout: float = DECODE_TIMEOUT
 
 
 def see(policy: Policy, record: Record, view: View,
@@ -51,7 +53,7 @@ def see(policy: Policy, record: Record, view: View,
     size = (view.frame_size, view.frame_size)
 
     def encode() -> Features:
-        clip = read_clip(record.clip, view.num_frames, size) if record.clip else None
+        clip = read_clip(record.clip, view.num_frames, size, timeout=view.decode_timeout) if record.clip else None
         image = read_image(record.image, size) if record.image else None
         if change is not None and clip is not None:
             clip = replace(clip, frames=change(clip.frames))
@@ -77,7 +79,8 @@ def evaluate(policy: Policy, records: Sequence[Record], *, view: View, max_new_t
     that rows are appended to; one that exists is continued, and a batch cut short is made again, so that the result
     does not depend on where it stopped. A row holds `index` and `record_id`, `clip`, `question_type`, `sample`,
     `completion` and the parts of its score; one with `error` stands for a record whose clip cannot be read.
-    Raises `ClipError` if no clip can be read, `ConfigError` if `out` holds answers to other records.
+    Raises `ClipError` if no clip can be read, `ConfigError` if `out` holds answers to other records, `UserError` if
+    the memory or the disk is full; the rows in `out` stay.
     """
     if samples > 1 and temperature == 0:
         raise ConfigError(f"{samples} answers to each question at temperature 0 are all the same: give one, or a "
@@ -90,7 +93,8 @@ def evaluate(policy: Policy, records: Sequence[Record], *, view: View, max_new_t
         for number, indices in enumerate(batches):
             if indices and indices[0] in finished:
                 continue
-            made = _answer(policy, records, indices, view, max_new_tokens, temperature, f"{seed}/{number}", samples)
+            with within_memory(f"answering {len(indices)} questions together", "give a smaller eval_batch"):
+                made = _answer(policy, records, indices, view, max_new_tokens, temperature, f"{seed}/{number}", samples)
             rows += made
             if path is not None:
                 append_lines(path, made)

@@ -45,7 +45,8 @@ TUNED_METHODS = ("grpo", "reg-grpo", "reinforce", "rloo", "rebel", "reward-regre
 COMMON = {"steps": STEPS, "rollout_budget": ROLLOUTS, "prompts_per_step": PROMPTS, "group_size": GROUP,
           "augment": "none", "figures": False, "save_every": 50, "keep_checkpoints": 1}
 QUICK = {"steps": 6, "rollout_budget": 6 * PROMPTS * GROUP, "eval_limit": 60}
-NEUTRAL = ("out", "save_every", "keep_checkpoints", "figures", "tracker", "feature_cache_mb")  # change no number
+NEUTRAL = ("out", "save_every", "keep_checkpoints", "figures", "tracker", "feature_cache_mb",
+           "decode_timeout")  # change no number
 SEEING = ("model", "quantization", "dtype", "device", "attention", "after_video", "num_frames", "frame_size",
           "instruction", "max_new_tokens", "eval_files", "eval_limit", "eval_temperature", "eval_samples", "eval_batch",
           "data_root", "train_file", "merge_mb")  # the fields that an evaluation of the base model depends on
@@ -424,9 +425,12 @@ class Job:
         self.process.wait()
 
     def last_words(self) -> str:
-        r"""The last line of the log, and where the rest stands."""
+        r"""How the worker ended: the signal that killed it, or the last line of its log; and where the log stands."""
         lines = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace").split("\n")
-        return f"{next((line for line in reversed(lines) if line.strip()), 'no message')} ({self.folder / 'log.txt'})"
+        last = next((line for line in reversed(lines) if line.strip()), "no message")
+        if (status := self.process.returncode) < 0:
+            last = f"killed by signal {-status} ({signal.Signals(-status).name}): the same command goes on with it"
+        return f"{last} ({self.folder / 'log.txt'})"
 
 
 def worker_command(spec: Path) -> list[str]:
@@ -791,8 +795,9 @@ def save_features(trainer, folder: Path) -> None:
             index.append([str(record.clip or ""), str(record.image or ""), [
                 [part.kind, list(part.grid), part.seconds_per_grid] for part in parts]])
     part_file = folder / "features.part"
-    save_file(tensors, part_file, {"index": json.dumps(index)})
-    os.replace(part_file, folder / "features.safetensors")
+    with writing(part_file):
+        save_file(tensors, part_file, {"index": json.dumps(index)})
+        os.replace(part_file, folder / "features.safetensors")
 
 
 def load_features(policy, folder: Path) -> None:

@@ -6,7 +6,11 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import RecordError, UserError
+
+NOT_WRITTEN = (OSError, SafetensorError)  # what a full disk raises; safetensors has an error of its own
 
 
 @contextlib.contextmanager
@@ -14,8 +18,8 @@ def writing(path: str | Path) -> Iterator[None]:
     r"""Turns what a full disk or an unwritable folder raises into a `UserError` that names `path`."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); free space, mend the folder, or give "
+    except NOT_WRITTEN as error:
+        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); free space, mend the folder, or give "
                         f"another one; what was written before is kept and can be resumed") from error
 
 

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from .files import writing
 from .video import Clip
 
 # Paul Tol's "muted" palette, safe for the common kinds of colour blindness.
@@ -181,6 +182,7 @@ def _strip(figure, frames: np.ndarray, seconds: list[float] | None, title: str, 
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    r"""Writes a figure as PNG and closes it."""
-    figure.savefig(path, dpi=STYLE["savefig.dpi"])
+    r"""Writes a figure as PNG and closes it. Raises `UserError` if the disk does not take it."""
+    with writing(path):
+        figure.savefig(path, dpi=STYLE["savefig.dpi"])
     plt.close(figure)

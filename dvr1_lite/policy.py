@@ -454,14 +454,18 @@ class Policy:
         r"""The user turn (visual parts, then text) through the tokenizer's chat template, one token a visual feature.
 
         Raises RecordError if the text itself spells one of the model's control tokens, ModelError if the template
-        does not place the visual parts.
+        fails or does not place the visual parts.
         """
         for word in (*NEVER_SAMPLED, self.tokenizer.eos_token, self.tokenizer.pad_token):
             if word in text:
                 raise RecordError(f"the question contains the control token {word}: remove it ({text[:80]!r})")
         content = [*({"type": part.kind} for part in features.parts), {"type": "text", "text": text}]
-        rendered = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                                      add_generation_prompt=True)
+        try:
+            rendered = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                                          add_generation_prompt=True)
+        except Exception as error:  # the template is the checkpoint's own program, run by Jinja's sandbox
+            raise ModelError(f"the chat template of {self.path} fails ({type(error).__name__}: "
+                             f"{str(error).splitlines()[0]}): download the checkpoint again") from error
         ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         return self._expand(text, ids, features)
 

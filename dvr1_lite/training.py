@@ -24,7 +24,7 @@ import threading
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -42,10 +42,17 @@ from .augmentation import (
     mask_frames,
     plan_augmentation,
 )
-from .checkpoints import Checkpoint, load_newest, remove_unfinished, restore_random, save_checkpoint
+from .checkpoints import (
+    Checkpoint,
+    checkpoint_folders,
+    load_newest,
+    remove_unfinished,
+    restore_random,
+    save_checkpoint,
+)
 from .config import TrainConfig, load_config, to_yaml
 from .data import Record, prompt_text, read_records
-from .errors import ClipError, ConfigError, ModelError, NumericsError, UserError
+from .errors import ClipError, ConfigError, ModelError, NumericsError, within_memory
 from .evaluation import evaluate, paired_change, see, summarise
 from .files import append_lines, make_folder, read_lines, sync, write_atomically, writing
 from .objectives import check_finite, get_objective, samples_from_reference
@@ -69,7 +76,8 @@ def train(config: TrainConfig, progress: bool = True, resume: bool = False) -> d
     apart), else begin; without it a folder that already holds a run is refused.
     `before` and `after` map each evaluation's name to accuracy, ci95, n and by_type; `change` holds their paired
     difference. Ctrl-C finishes the step, saves, says so in one line, and returns the summary so far with
-    `complete` false; a second Ctrl-C stops at once, and the newest checkpoint counts.
+    `complete` false; a second Ctrl-C stops at once, and the newest checkpoint counts. Either way `adapter/` is that of
+    the newest checkpoint, and the same call with `resume` goes on.
     Raises `UserError` for what a user can mend: see errors.py.
     """
     out = Path(config.out)
@@ -88,15 +96,16 @@ def train(config: TrainConfig, progress: bool = True, resume: bool = False) -> d
             trainer.evaluate("after", progress)
     except KeyboardInterrupt:
         stopped = True
+        trainer.export_saved_adapter()
     finally:
         trainer.close()
     summary = trainer.summary(complete=not stopped)
+    if config.figures and not stopped:  # before the summary: what it calls complete has its figures
+        draw_figures(config, out, summary)
     write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     if stopped:
         print(f"Stopped after step {trainer.saved_step} of {config.steps}, which is saved. To go on: "
-              f"python -m dvr1_lite train --resume {out}")
-    elif config.figures:
-        draw_figures(config, out, summary)
+              f"python -m dvr1_lite train --resume {out}, or in Python train(config, resume=True)")
     return summary
 
 
@@ -233,7 +242,7 @@ class Trainer:
                     self.save()
             if self.saved_step != self.step:
                 self.save()
-            self._export_adapter()
+            self._export_adapter(self.policy.save_adapter)
             return stop.is_set() and not self.finished
 
     @property
@@ -263,11 +272,9 @@ class Trainer:
 
     def _guarded_step(self) -> dict:
         r"""A step whose failures name what to change; everything on disk stays as it was."""
-        try:
+        with within_memory(f"step {self.step + 1}", "give a smaller micro_batch or gradient_checkpointing: true in "
+                           f"{self.out / 'config.yaml'}, then continue with --resume {self.out}"):
             return self._step()
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise UserError(f"step {self.step + 1} ran out of memory: give a smaller micro_batch or "
-                            f"gradient_checkpointing: true, then continue with --resume {self.out}") from error
 
     def _step(self) -> dict:
         self.seconds, started = defaultdict(float), time.perf_counter()
@@ -483,11 +490,16 @@ class Trainer:
                              f"put the file back, or start again with another --out")
         write_atomically(self.out / "metrics.jsonl", "".join(kept))
 
-    def _export_adapter(self) -> None:
+    def export_saved_adapter(self) -> None:
+        r"""Makes `adapter/` that of the newest checkpoint, for a run that ends in the middle of a step."""
+        if folders := checkpoint_folders(self.out):
+            self._export_adapter(lambda part: shutil.copytree(folders[-1] / "adapter", part))
+
+    def _export_adapter(self, save: Callable[[Path], object]) -> None:
         folder, part = self.out / "adapter", self.out / ".adapter-part"
         shutil.rmtree(part, ignore_errors=True)
         with writing(folder):
-            self.policy.save_adapter(part)
+            save(part)
             write_atomically(part / "README.md", self._model_card())
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(part, folder)
@@ -497,7 +509,7 @@ class Trainer:
         config, base = self.config, Path(self.config.model).name
         return (f"---\nbase_model: {config.model}\nlibrary_name: peft\n---\n\n# LoRA adapter for {base}\n\n"
                 f"Trained by `python -m dvr1_lite train` with {config.method}, augmentation {config.augment}, seed "
-                f"{config.seed}: {self.step} of {config.steps} steps, {self.rollouts} completions sampled. Every "
+                f"{config.seed}: {self.saved_step} of {config.steps} steps, {self.rollouts} completions sampled. Every "
                 f"setting is in `config.yaml` and every accuracy in `summary.json`, in the folder above this one.\n\n"
                 f"Ask it about a clip:\n\n    python -m dvr1_lite ask --adapter THIS_FOLDER --clip FILE.mp4 --question "
                 f"\"...\"\n\nor load it with peft: `PeftModel.from_pretrained(base_model, THIS_FOLDER)`. Written with "
@@ -706,7 +718,8 @@ def sample_answers(config: TrainConfig, out: Path, count: int = 4) -> list[dict]
         index = (changed or indices)[0]
         record = records[index]
         with contextlib.suppress(ClipError):
-            clip = read_clip(record.clip, config.num_frames, (config.frame_size, config.frame_size))
+            clip = read_clip(record.clip, config.num_frames, (config.frame_size, config.frame_size),
+                             timeout=config.decode_timeout)
             samples.append({"clip": clip, "question": prompt_text(record), "answer": record.answer_in_words,
                             "before": before[index]["completion"], "after": after[index]["completion"]})
     return samples

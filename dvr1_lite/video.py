@@ -6,11 +6,12 @@ clip.mp4 -> `read_clip` (decord or PyAV) -> frames (T, 3, H, W) in [0, 1] -> `pa
 import math
 import os
 import stat
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -31,6 +32,7 @@ except (ImportError, OSError):
 BACKEND = "decord" if decord is not None else "pyav"
 MAX_FRAME_PIXELS = 8192 * 4320  # a header that claims more is taken for a broken file
 MAX_FPS = 1000
+DECODE_TIMEOUT = 60.0  # seconds for one clip, hundreds of times what one takes
 # Real containers only: a playlist or a concat script would name other files for the decoder to open.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,ogg,asf,gif,h264,hevc"
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
@@ -79,18 +81,54 @@ def frame_indices(total: int, num_frames: int) -> list[int]:
 
 
 def read_clip(
-    path: str | os.PathLike, num_frames: int, size: tuple[int, int] | None = None, *, backend: str | None = None
+    path: str | os.PathLike, num_frames: int, size: tuple[int, int] | None = None, *, backend: str | None = None,
+    timeout: float = DECODE_TIMEOUT
 ) -> Clip:
     r"""Decodes `num_frames` uniformly spaced frames of a video file, and only those.
 
     size: (height, width) in pixels to resize to; None keeps the file's own. backend: "decord" or "pyav"; None takes
     decord where it is installed. Both give the same frames, turned upright as a telephone's rotation flag asks.
+    timeout: seconds after which decoding is given up.
     Raises ClipError, naming the file and the remedy, if it is missing, empty, truncated, not a video, without
-    duration, or has fewer than `num_frames` frames. No frame is ever repeated or taken from elsewhere.
+    duration, has fewer than `num_frames` frames or takes too long. No frame is ever repeated or taken from elsewhere.
     """
     if num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, not {num_frames}")
     path, decode = Path(path), _decoder(backend)
+    try:
+        return _within(timeout, lambda: _read(path, num_frames, size, decode))
+    except TimeoutError as error:
+        raise ClipError(f"{path}: decoding did not end within {timeout:g} s; encode it again, or raise "
+                        f"decode_timeout") from error
+
+
+def _within(seconds: float, work: Callable[[], Any]) -> Any:
+    r"""What `work` returns or raises, or TimeoutError after `seconds`.
+
+    The work runs in a thread of its own (0.1 ms to start one). A decoder that hangs in C cannot be stopped, so its
+    thread is left behind; it ends with the process, and meanwhile holds neither the interpreter's lock nor a file of
+    the run.
+    """
+    outcome: list[tuple[Any, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            outcome.append((work(), None))
+        except BaseException as error:  # raised again below, in the caller's thread
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def _read(path: Path, num_frames: int, size: tuple[int, int] | None, decode: Callable) -> Clip:
     probe = probe_clip(path)
     total = len(probe.starts)
     if total < num_frames:
