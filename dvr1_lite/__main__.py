@@ -235,7 +235,7 @@ def _claim(out: Path, settings: dict) -> None:
         changed = [name for name in settings if saved.get(name) != settings[name]]
         if changed:
             raise ConfigError(f"{out} holds an evaluation with another {', '.join(changed)}: give another --out")
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(entry.suffix != ".part" for entry in out.iterdir()):  # a kill may leave one
         raise ConfigError(f"{out} is not empty and holds no evaluation: give another --out")
     make_folder(out)
     write_atomically(path, json.dumps(settings, indent=2) + "\n")

@@ -38,6 +38,7 @@ TUNE_ROLLOUTS = ROLLOUTS // 2
 TUNE_SEED = 1000  # the first seed of tuning; no reported run has it
 SAMPLED_LIMIT = 600  # questions a split that are answered at temperature 1 besides all of them greedily
 POINTS = 30  # of a recorded curve
+PARENT = "DVR1_PARENT"  # environment variable with the number of the process that started a worker
 LEARNING_RATES = (3e-4, 1e-3)
 KL_WEIGHTS = (0.001, 0.01, 0.1, 1.0)  # the gradients that they stand against differ 400-fold between methods
 TUNED_METHODS = ("grpo", "reg-grpo", "reinforce", "rloo", "rebel", "reward-regression", "dpo", "online-dpo",
@@ -443,7 +444,8 @@ def worker_environment() -> dict[str, str]:
     here = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(part for part in (here, os.environ.get("PYTHONPATH", "")) if part)
     single = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    return os.environ | single | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+    return os.environ | single | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1",
+                                  PARENT: str(os.getpid())}
 
 
 def reproduce(name: str, out: str | Path, seeds: int | None = None, jobs: int = 1, quick: bool = False,
@@ -822,6 +824,8 @@ def load_features(policy, folder: Path) -> None:
 def _end_with_parent() -> None:
     r"""Ends this process when the one that started it is gone, so that no two ever share a folder."""
     parent = os.getppid()
+    if os.name == "posix":  # it may be gone already: imports take seconds
+        parent = int(os.environ.get(PARENT, parent))
 
     def watch() -> None:
         while os.getppid() == parent:

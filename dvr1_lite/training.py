@@ -104,8 +104,10 @@ def train(config: TrainConfig, progress: bool = True, resume: bool = False) -> d
         draw_figures(config, out, summary)
     write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     if stopped:
-        print(f"Stopped after step {trainer.saved_step} of {config.steps}, which is saved. To go on: "
-              f"python -m dvr1_lite train --resume {out}, or in Python train(config, resume=True)")
+        when = (f"after step {trainer.saved_step} of {config.steps}, which is saved" if trainer.saved_step else
+                f"before the first of {config.steps} steps was saved")
+        print(f"Stopped {when}. To go on: python -m dvr1_lite train --resume {out}, or in Python "
+              f"train(config, resume=True)")
     return summary
 
 
