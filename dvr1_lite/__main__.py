@@ -60,12 +60,14 @@ def parse_training(arguments: Sequence[str]) -> tuple[str | None, str | None, di
     r"""(config file, folder to resume, overrides) of the train command; every field of the config is an option."""
     from transformers import HfArgumentParser
 
-    from .config import PARTS, TrainConfig, field_types, unknown_keys
+    from .config import PARTS, TrainConfig, card_settings, field_types, read_yaml, unknown_keys
 
     class TrainParser(Parser, HfArgumentParser):
         def __init__(self):
             Parser.__init__(self, "train", train_command.__doc__)
-            self.add_argument("--config", metavar="FILE.yaml", help="Config file; options given here override it.")
+            self.add_argument("--config", metavar="FILE.yaml", help="Config file, or the name of a shipped one; options "
+                              "given here override it.")
+            self.add_argument("--card", type=int, metavar="GB", help="Settings for a GPU with 16, 24 or 80 GB.")
             self.add_argument("--resume", metavar="DIR", help="Go on with the run in this folder.")
             self.dataclass_types = [TrainConfig]
             self._add_dataclass_arguments(TrainConfig)
@@ -91,8 +93,11 @@ def parse_training(arguments: Sequence[str]) -> tuple[str | None, str | None, di
     parsed, unknown = parser.parse_known_args(
         arguments, argparse.Namespace(**{action.dest: unset for action in parser._actions if action.dest != "help"}))
     for word in unknown:
-        unknown_keys([word.lstrip("-").partition("=")[0].replace("-", "_")], extra=("config", "resume"))
+        unknown_keys([word.lstrip("-").partition("=")[0].replace("-", "_")], extra=("config", "resume", "card"))
     given = {name: value for name, value in vars(parsed).items() if value is not unset}
+    if "card" in given:
+        file = {} if given.get("config") is None else read_yaml(given["config"])
+        given = card_settings(given.pop("card"), given.get("model", file.get("model", ""))) | given
     return given.pop("config", None), given.pop("resume", None), given
 
 
@@ -324,11 +329,76 @@ def report_command(arguments: Sequence[str]) -> int:
     return 0
 
 
+# --- check and memory ------------------------------------------------------------------------------------------------
+
+
+def check_command(arguments: Sequence[str]) -> int:
+    r"""Look a data set over before training: what is in it, which clips are missing or broken, which spans are wrong."""
+    from . import plotting
+    from .data import check_records, examples, format_report, read_records, show_record
+    from .files import make_folder
+    from .paths import resolve
+
+    parser = Parser("check", check_command.__doc__)
+    parser.add_argument("--data", required=True, metavar="FILE", help="Records: JSONL, JSON or CSV.")
+    parser.add_argument("--root", metavar="DIR", help="Folder that clip paths start from; none: the file's own.")
+    parser.add_argument("--spans", metavar="FILE", help="NExT-GQA's spans; none: gsub_NAME.json beside the CSV.")
+    parser.add_argument("--num-frames", type=int, default=16, help="Frames that training will sample from a clip.")
+    parser.add_argument("--limit", type=int, default=0, help="Records to open, drawn evenly; 0: all.")
+    parser.add_argument("--fast", action="store_true", help="Read headers only: misses pictures that do not decode.")
+    parser.add_argument("--out", metavar="DIR", help="Where frame strips of three records go as PNG files.")
+    options = parser.parse_args(arguments)
+    if options.num_frames < 1 or options.limit < 0:
+        raise ConfigError(f"--num-frames is {options.num_frames} and --limit is {options.limit}: give 1 or more frames "
+                          f"and a limit of 0 or more")
+    errors = []
+    records = read_records(resolve(options.data), options.root, spans=options.spans, errors=errors)
+    chosen = records[::-(-len(records) // options.limit)] if options.limit else records
+    report = check_records(chosen, options.num_frames, decode=not options.fast, errors=errors)
+    print(format_report(report))
+    for number, (record, frames) in enumerate(examples(chosen, options.num_frames), 1):
+        print(f"\n{show_record(record)}")
+        if options.out is not None:
+            make_folder(options.out)
+            path = Path(options.out) / f"record_{number}.png"
+            plotting.save(plotting.frame_strip(frames, record.question[:100], record.answer_in_words), path)
+            print(f"frames:   {path}")
+    return 0 if report.ok else 1
+
+
+def memory_command(arguments: Sequence[str]) -> int:
+    r"""Predict the memory of a training run from its configuration alone, and say what to change if it is too much."""
+    from . import memory
+    from .config import card_gb, load_config
+    from .files import write_atomically
+
+    parser = Parser("memory", memory_command.__doc__ + " Takes --config and every field of it, as train does.")
+    parser.add_argument("--card", type=int, metavar="GB", help="Settings for a GPU with 16, 24 or 80 GB; compare with it.")
+    parser.add_argument("--available", type=float, metavar="GB", help="Compare with so many 2**30 bytes.")
+    parser.add_argument("--text-tokens", type=int, default=memory.TEXT_TOKENS, help="Question, options, instruction.")
+    parser.add_argument("--no-image", action="store_true", help="No record has a picture besides its clip.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Where the prediction goes as JSON.")
+    options, rest = parser.parse_known_args(arguments)
+    file, _, given = parse_training(rest if options.card is None else [*rest, "--card", str(options.card)])
+    config = load_config(file, given)
+    expected = {"image": not options.no_image, "text_tokens": options.text_tokens}
+    prediction = memory.predict(config, **expected)
+    if options.json is not None:
+        write_atomically(options.json, json.dumps(memory.as_dict(prediction), indent=1) + "\n")
+    print(memory.table(prediction))
+    available = options.available or (card_gb(options.card) if options.card else None)
+    if available is not None:
+        memory.check_fits(config, available, **expected)
+        print(f"{'available':<24}{available:8.2f} GB: it fits")
+    return 0
+
+
 # --- all commands ----------------------------------------------------------------------------------------------------
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train_command, "evaluate": evaluate_command, "ask": ask_command, "data": data_command,
     "pretrain": pretrain_command, "reproduce": reproduce_command, "report": report_command,
+    "check": check_command, "memory": memory_command,
 }
 
 

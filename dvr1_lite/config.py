@@ -25,7 +25,9 @@ from .objectives import KL_ESTIMATORS, METHODS, RATIO_LEVELS, REDUCTIONS, Object
 from .video import DECODE_TIMEOUT
 
 AUGMENT = ("both", "hard", "easy", "none", "resample")
+OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw-8bit")
 NOT_GIVEN = "not given"
+CONFIGS = Path(__file__).parent / "configs"
 
 
 def setting(default: Any, text: str, unit: str, paper: str, choices: Sequence[str] | None = None) -> Any:
@@ -110,6 +112,9 @@ class TrainConfig:
     learning_rate: float = setting(1e-3, "Learning rate of AdamW.", "per update", NOT_GIVEN)
     warmup_steps: int = setting(0, "Steps over which the learning rate rises linearly; constant afterwards.", "steps",
                                 NOT_GIVEN)
+    optimizer: str = setting("adamw", "AdamW with means as wide as the weights, with 8-bit means, or with 8-bit means "
+                             "that move to the computer's memory where a GPU's is short.", "name", NOT_GIVEN,
+                             OPTIMIZERS)
     adam_beta1: float = setting(0.9, "Decay of AdamW's mean of gradients.", "no unit", NOT_GIVEN)
     adam_beta2: float = setting(0.95, "Decay of AdamW's mean of squared gradients.", "no unit", NOT_GIVEN)
     adam_eps: float = setting(1e-8, "Added to AdamW's root of squared gradients.", "gradient", NOT_GIVEN)
@@ -159,6 +164,8 @@ class TrainConfig:
     feature_cache_mb: int = setting(256, "Memory for features of encoded clips.", "megabytes", NOT_GIVEN)
     merge_mb: int = setting(256, "Memory for dense copies of the language model's weights while sampling; without "
                             "enough of it sampling is slower.", "megabytes", NOT_GIVEN)
+    check_memory: bool = setting(True, "On a GPU: refuse a run that is predicted to need more memory than it has.",
+                                 "true or false", "does not apply")
     tracker: str = setting("none", "Where metrics go besides metrics.jsonl.", "name", NOT_GIVEN,
                            ("none", "tensorboard"))
     figures: bool = setting(True, "Draw figures at the end.", "true or false", "does not apply")
@@ -291,8 +298,29 @@ def _coerce(name: str, value: Any) -> Any:
     return [] if kind is list and value is None else value
 
 
+def shipped_configs() -> dict[str, Path]:
+    r"""The configurations in `dvr1_lite/configs/` by name."""
+    return {path.stem: path for path in sorted(CONFIGS.glob("*.yaml")) if path.stem != "cards"}
+
+
+def card_settings(card: int, model: str) -> dict[str, Any]:
+    r"""What `configs/cards.yaml` changes for a model on a card with so many GB. Raises `ConfigError`."""
+    cards = yaml.safe_load((CONFIGS / "cards.yaml").read_text(encoding="utf-8"))
+    if card not in cards:
+        raise ConfigError(f"there are no settings for a card with {card} GB: choose one of "
+                          f"{', '.join(map(str, cards))}, the largest that is not larger than yours")
+    return cards[card]["all"] | cards[card].get(model, {})
+
+
+def card_gb(card: int) -> float:
+    r"""Memory of such a card in 2**30 bytes, as its driver reports it."""
+    return yaml.safe_load((CONFIGS / "cards.yaml").read_text(encoding="utf-8"))[card]["memory_gb"]
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    r"""The mapping in a YAML file, by `yaml.safe_load`. Raises `ConfigError` if there is none."""
+    r"""The mapping in a YAML file, or in the shipped config of that name. Raises `ConfigError` if there is none."""
+    if not Path(path).exists():
+        path = shipped_configs().get(str(path).removesuffix(".yaml"), path)
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

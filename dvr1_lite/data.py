@@ -5,6 +5,7 @@ NExT-GQA (CSV and spans), VideoChat-R1. `prompt_text` turns a record into the wo
 `check_records` looks for missing clips and impossible spans before a night of training is lost on them.
 """
 
+import contextlib
 import csv
 import json
 import math
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
 from dvr1_lite.errors import ClipError, RecordError
-from dvr1_lite.video import probe_clip, read_clip, read_image
+from dvr1_lite.video import Clip, probe_clip, read_clip, read_image
 
 CHOICE_TYPES = ("multiple choice", "grounding")
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression", "exact", "grounding")
@@ -562,6 +563,34 @@ def check_records(
             report.span_errors += [(record.record_id, text) for text in _span_problems(record, duration)]
     report.clips = len(seen)
     return report
+
+
+def examples(records: Sequence[Record], num_frames: int, count: int = 3) -> list[tuple[Record, Clip]]:
+    r"""Up to `count` records that can be seen, of different types first, each with its frames (a picture is one)."""
+    firsts = {record.question_type: record for record in reversed(records)}
+    order = [*reversed(firsts.values()), *(record for record in records if record is not firsts[record.question_type])]
+    found = []
+    for record in order:
+        if len(found) == count:
+            break
+        with contextlib.suppress(ClipError):
+            found.append((record, _frames(record, num_frames)))
+    return found
+
+
+def _frames(record: Record, num_frames: int) -> Clip:
+    if record.clip is not None:
+        return read_clip(record.clip, num_frames)
+    picture = read_image(record.image)[None]
+    return Clip(frames=picture, seconds=[0.0], fps=1.0, duration=0.0, path=str(record.image))
+
+
+def show_record(record: Record) -> str:
+    r"""A record as a reader wants to see it: the prompt's words, the right answer, and the files."""
+    lines = [f"record:   {record.record_id} ({record.problem_type}; {record.question_type})",
+             *(f"prompt:   {line}" for line in prompt_text(record).splitlines()), f"answer:   {record.answer_in_words}"]
+    files = [("clip", record.clip), ("picture", record.image)]
+    return "\n".join(lines + [f"{name + ':':<10}{path}" for name, path in files if path is not None])
 
 
 def _check_media(path: Path, is_clip: bool, num_frames: int, decode: bool) -> float | str:

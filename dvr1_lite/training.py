@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from . import memory
 from .advantages import vanishing_ratio
 from .augmentation import (
     Augmentation,
@@ -209,14 +210,13 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, out: Path, checkpoint: Checkpoint | None = None):
         self.config, self.out = config, out
+        check_machine(config)
         self.records = read_records(resolve(config.train_file), config.data_root)
         self.evaluations = {name: _read_evaluation(config, path) for name, path in config.eval_paths().items()}
         self.view = config.view()
         self.policy = load_policy(config, checkpoint and checkpoint.adapter)
         self.accelerator = _make_accelerator(config, out)
-        self.optimizer = self.accelerator.prepare(torch.optim.AdamW(
-            self.policy.trainable(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_eps, weight_decay=config.weight_decay))
+        self.optimizer = self.accelerator.prepare(make_optimizer(config, self.policy.trainable()))
         self.objective, self.augmentation = config.objective(), config.augmentation()
         self.history, self.generator = config.history(), torch.Generator().manual_seed(config.seed)
         self.order = Order(len(self.records), config.seed)
@@ -617,6 +617,35 @@ def load_policy(config: TrainConfig, adapter: str | Path | None = None) -> Polic
         raise ConfigError(f"frame_size is {config.frame_size}, but {config.model} divides frames into blocks of "
                           f"{block} pixels: give a multiple such as {near}")
     return policy
+
+
+def make_optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    r"""AdamW over the adapter's parameters, of the kind that `optimizer` names."""
+    kind = torch.optim.AdamW
+    if config.optimizer != "adamw":
+        import bitsandbytes
+
+        kind = getattr(bitsandbytes.optim, {"adamw-8bit": "AdamW8bit", "paged-adamw-8bit": "PagedAdamW8bit"}[
+            config.optimizer])
+    return kind(parameters, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
+                weight_decay=config.weight_decay)
+
+
+def check_machine(config: TrainConfig) -> None:
+    r"""Whether this machine can run the config, asked before anything large is loaded.
+
+    Raises `ConfigError` for a GPU with too little memory, naming what to lower, and `ConfigError` or `ModelError` for
+    an optimizer that cannot be had here.
+    """
+    on_gpu = torch.device(config.device).type == "cuda"
+    if config.optimizer != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(f"optimizer: {config.optimizer} needs bitsandbytes, which is not installed: pip install "
+                         f"bitsandbytes, or use optimizer: adamw")
+    if config.optimizer == "paged-adamw-8bit" and not on_gpu:
+        raise ConfigError(f"optimizer: paged-adamw-8bit moves its means between a GPU and the computer's memory, and "
+                          f"device is {config.device}: use optimizer: adamw-8bit or adamw, or device: cuda")
+    if on_gpu and torch.cuda.is_available() and config.check_memory and memory.is_known(config.model):
+        memory.check_fits(config, memory.device_gb(config.device))
 
 
 def _read_evaluation(config: TrainConfig, path: str) -> list[Record]:
