@@ -4,17 +4,30 @@ Git and the tests leave that folder alone. A notebook that is there already is k
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import nbformat
 
 FOLDER = Path(__file__).resolve().parent
+LINK = re.compile(r"\]\(([^()\s#]+)")  # of Markdown, to a page or a picture
+
+
+def from_below(text: str) -> str:
+    """Markdown whose links to pictures, code and solutions work one folder deeper; numbered notebooks are copied too."""
+    def deeper(found: re.Match) -> str:
+        copied = re.fullmatch(r"\d\d_[^/]*\.ipynb", found[1])
+        return f"](../{found[1]}" if (FOLDER / found[1]).exists() and not copied else found[0]
+
+    return LINK.sub(deeper, text)
 
 
 def without_outputs(path: Path) -> nbformat.NotebookNode:
-    """The notebook as it is before its first run."""
+    """The notebook as it is before its first run, for the folder below its own."""
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = from_below(cell.source)
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     return notebook

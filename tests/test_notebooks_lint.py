@@ -161,3 +161,10 @@ def test_copies_for_readers_carry_no_outputs():
         pytest.skip("no notebook yet")
     copy = load("copy_to_my").without_outputs(NOTEBOOKS[0])
     assert all(not cell.outputs and cell.execution_count is None for cell in copy.cells if cell.cell_type == "code")
+
+
+def test_copies_for_readers_keep_their_links(tmp_path):
+    for path in (p for p in NOTEBOOKS if p.parent.name == "notebooks"):
+        text = "\n".join(c.source for c in load("copy_to_my").without_outputs(path).cells if c.cell_type == "markdown")
+        links = broken_links(re.sub(r"\]\(\d\d_[^/)]*\.ipynb\)", "]", text), ROOT / "notebooks/solutions")  # as deep as my/
+        assert links == [], path.name
