@@ -3,8 +3,8 @@ r"""Draws figures/before_after.gif and its still, before_after_strip.png: one qu
     python notebooks/before_after.py                 from the recorded answers, figures/before_after.json
     python notebooks/before_after.py --run runs/lite from a run of yours, of which it records the answers first
 
-Of a run the first `path` question of L1 is taken that was answered wrong before and right after: an illustration,
-chosen because it changed. The pictures change slowly and nothing flashes.
+Of a run the first `path` question of L1 is taken that was answered wrong before and right after, and whose shape can be
+seen in grey: an illustration, chosen because it changed. The pictures change slowly and nothing flashes.
 """
 
 import argparse
@@ -35,12 +35,18 @@ def record_of(name: str) -> Record:
     return next(record for record in records if record.record_id == name)
 
 
+def stands_out(record: Record) -> bool:
+    """Whether something in the clip is lighter or darker than its background by a quarter of the range, colours apart."""
+    grey = read_clip(record.clip, 8, (56, 56)).frames.numpy().transpose(0, 2, 3, 1) @ (0.299, 0.587, 0.114)
+    return np.abs(np.percentile(grey, (2, 98)) - np.median(grey)).max() > 0.25
+
+
 def answers_of(run: Path) -> dict:
     """The first `path` question of L1 that a run came to answer right, with both completions and where they are from."""
     before, after = ({row["record_id"]: row for row in map(json.loads, (run / f"evaluation/{when}_L1.jsonl").open())}
                      for when in ("before", "after"))
     name = next(name for name, row in before.items() if row["question_type"] == "path"
-                and row["accuracy"] == 0 and after[name]["accuracy"] == 1)
+                and row["accuracy"] == 0 and after[name]["accuracy"] == 1 and stands_out(record_of(name)))
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     return {"record_id": name, "before": before[name]["completion"], "after": after[name]["completion"],
             "method": config["method"], "steps": config["steps"], "seed": config["seed"]}

@@ -23,15 +23,17 @@ def test_the_recorded_answers_are_scored_as_the_pictures_say():
     assert before_after.told(record, ANSWERS["after"]).endswith("reward: 2 of 2")
 
 
-def test_a_run_gives_its_first_changed_question(tmp_path):
+def test_a_run_gives_its_first_changed_question_that_shows_in_grey(tmp_path):
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "config.yaml").write_text("method: grpo\nsteps: 3\nseed: 7\n")
-    for when, right in (("before", (1, 0, 0)), ("after", (1, 0, 1))):
-        rows = [{"record_id": f"L1/{n}/path", "question_type": "path", "accuracy": r, "completion": f"{when} {n}"}
-                for n, r in enumerate(right)]
+    pale = "L1/journey_0003/path"  # a red circle on green, of the same lightness
+    names = ("L1/journey_0000/path", "L1/journey_0001/path", pale, ANSWERS["record_id"])
+    for when, right in (("before", (1, 0, 0, 0)), ("after", (1, 0, 1, 1))):
+        rows = [{"record_id": name, "question_type": "path", "accuracy": r, "completion": f"{when} {n}"}
+                for n, (name, r) in enumerate(zip(names, right))]
         (tmp_path / f"evaluation/{when}_L1.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert before_after.answers_of(tmp_path) == {"record_id": "L1/2/path", "before": "before 2", "after": "after 2",
-                                                 "method": "grpo", "steps": 3, "seed": 7}
+    assert before_after.answers_of(tmp_path) == {"record_id": ANSWERS["record_id"], "before": "before 3",
+                                                 "after": "after 3", "method": "grpo", "steps": 3, "seed": 7}
 
 
 def test_the_command_draws_both_pictures(tmp_path):
