@@ -169,6 +169,10 @@ def accuracy_table(summary: dict) -> str:
     if "mean_iou" in summary:
         recall = ", ".join(f"R@{m} {100 * share:.1f} %" for m, share in summary["recall"].items())
         lines.append(f"mean IoU {summary['mean_iou']:.3f}, {recall}")
+    if "acc_gqa" in summary:
+        low, high = (100 * bound for bound in summary["acc_gqa_ci95"])
+        lines.append(f"right and grounded (Acc@GQA, IoP >= 0.5) {100 * summary['acc_gqa']:.1f} % [{low:.1f}, {high:.1f}], "
+                     f"mean IoP {summary['mean_iop']:.3f}")
     return "\n".join(lines)
 
 
@@ -367,6 +371,24 @@ def check_command(arguments: Sequence[str]) -> int:
     return 0 if report.ok else 1
 
 
+def merge_command(arguments: Sequence[str]) -> int:
+    r"""Add an adapter to its base model's weights and save a checkpoint of its own, with a model card."""
+    from . import export
+    from .training import quiet_libraries
+
+    parser = Parser("merge", merge_command.__doc__)
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="Adapter that training wrote.")
+    parser.add_argument("--out", required=True, metavar="DIR", help="A new or empty folder.")
+    parser.add_argument("--model", help="Base model; none: the one that the adapter names.")
+    parser.add_argument("--dtype", default="bfloat16", help="Number type of the saved weights.")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda.")
+    options = parser.parse_args(arguments)
+    quiet_libraries()
+    out = export.merge(options.adapter, options.out, model=options.model, dtype=options.dtype, device=options.device)
+    print(f"the merged model is in {out}; README.md there is its model card and says how lmms-eval runs it")
+    return 0
+
+
 def memory_command(arguments: Sequence[str]) -> int:
     r"""Predict the memory of a training run from its configuration alone, and say what to change if it is too much."""
     from . import memory
@@ -464,7 +486,7 @@ def _use_threads(count: int | None) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train_command, "evaluate": evaluate_command, "ask": ask_command, "data": data_command,
     "pretrain": pretrain_command, "reproduce": reproduce_command, "report": report_command,
-    "check": check_command, "memory": memory_command,
+    "check": check_command, "memory": memory_command, "merge": merge_command,
     "bench": bench_command,
 }
 

@@ -581,8 +581,7 @@ def examples(records: Sequence[Record], num_frames: int, count: int = 3) -> list
 def _frames(record: Record, num_frames: int) -> Clip:
     if record.clip is not None:
         return read_clip(record.clip, num_frames)
-    picture = read_image(record.image)[None]
-    return Clip(frames=picture, seconds=[0.0], fps=1.0, duration=0.0, path=str(record.image))
+    return Clip(frames=read_image(record.image), seconds=[0.0], fps=1.0, duration=0.0, path=str(record.image))
 
 
 def show_record(record: Record) -> str:

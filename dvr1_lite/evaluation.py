@@ -22,11 +22,13 @@ from .data import Record, prompt_text
 from .errors import ClipError, ConfigError, within_memory
 from .files import append_lines, make_folder, read_lines, write_atomically
 from .policy import Features, Policy
-from .rewards import score
+from .rewards import asks_span, parse_completion, score, temporal_iop
 from .rollout import sample_groups
 from .video import DECODE_TIMEOUT, read_clip, read_image
 
 RECALL_AT = (0.3, 0.5, 0.7)
+IOP_AT = (0.3, 0.5)
+GROUNDED = 0.5  # the least IoP with which NExT-GQA counts an answer as grounded
 WINDOW = 64  # batches whose questions are sorted by length together; the clips of more would not fit a small cache
 
 # --- what the policy sees --------------------------------------------------------------------------------------------
@@ -139,7 +141,15 @@ def prediction(index: int, record: Record, completion: str, sample: int = 0) -> 
     scored = score(record, completion)
     return _about(index, record, sample) | {
         "completion": completion, "format": scored.format, "accuracy": scored.accuracy, "iou": scored.iou,
-        "total": scored.total, "maximum": scored.maximum}
+        "total": scored.total, "maximum": scored.maximum} | _best_iop(record, completion)
+
+
+def _best_iop(record: Record, completion: str) -> dict[str, float]:
+    r"""`iop` of the first predicted span, the best over the true ones; nothing where no span is asked."""
+    if not asks_span(record):
+        return {}
+    spans = parse_completion(completion).spans
+    return {"iop": max(temporal_iop(spans[0], truth) for truth in record.spans) if spans else 0.0}
 
 
 def _about(index: int, record: Record, sample: int) -> dict:
@@ -170,7 +180,8 @@ def summarise(predictions: Iterable[dict]) -> dict:
 
     `accuracy` (Eq. 22) with `ci95` [low, high] clustered by clip and `n` questions, `clips`, `answers`; the same three
     for each entry of `by_type`; `format_rate`; `broken` questions, which count nowhere else; and, where time spans
-    were asked, `mean_iou` (Eq. 23) and `recall` at 0.3, 0.5 and 0.7 (Eq. 24) over those questions alone.
+    were asked, `mean_iou` (Eq. 23) and `recall` at 0.3, 0.5 and 0.7 (Eq. 24) over those questions alone, and what
+    `grounded_answers` adds.
     """
     rows = list(predictions)
     good = [row for row in rows if "error" not in row]
@@ -185,13 +196,30 @@ def summarise(predictions: Iterable[dict]) -> dict:
         "by_type": {name: _accuracy(by_type[name]) for name in sorted(by_type)},
     }
     ious = [row["iou"] for row in good if row["iou"] is not None]
-    return summary | (grounding(ious) if ious else {})
+    return summary | (grounding(ious) if ious else {}) | grounded_answers(good)
 
 
 def grounding(ious: Sequence[float]) -> dict:
     r"""Mean IoU (Eq. 23) and the share of answers whose span has IoU >= m (Eq. 24), which IoU exactly m reaches."""
     return {"mean_iou": _mean(ious), "recall": {f"{m}": _mean([float(iou >= m - 1e-9) for iou in ious])
                                                 for m in RECALL_AT}}
+
+
+def grounded_answers(rows: Sequence[dict]) -> dict:
+    r"""NExT-GQA's other official figures, over the questions that ask a span; {} if there are none.
+
+    `mean_iop` and `iop_at` 0.3 and 0.5, intersection over prediction, the best true segment of each question; `acc_gqa`,
+    the share whose answer is right *and* whose IoP is at least 0.5, with `acc_gqa_ci95`; `mean_iou_ci95`. Intervals are
+    clustered by clip. A malformed answer counts 0 everywhere.
+    """
+    asked = [row for row in rows if "iop" in row]
+    if not asked:
+        return {}
+    clips, iops = [row["clip"] for row in asked], [row["iop"] for row in asked]
+    grounded = [float(row["accuracy"] == 1.0 and row["iop"] >= GROUNDED - 1e-9) for row in asked]
+    return {"mean_iou_ci95": list(mean_interval([row["iou"] for row in asked], clips, 0.0, 1.0)),
+            "mean_iop": _mean(iops), "iop_at": {f"{m}": _mean([float(iop >= m - 1e-9) for iop in iops]) for m in IOP_AT},
+            "acc_gqa": _mean(grounded), "acc_gqa_ci95": list(share_interval(grounded, clips))}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from .config import TrainConfig
 from .errors import ConfigError
 from .paths import resolve
-from .policy import DTYPES, FAMILIES, LOGIT_CHUNK, load_architecture
+from .policy import DTYPES, FAMILIES, LOGIT_CHUNK, load_architecture, torch_device
 
 GB = 2**30
 FACTS = Path(__file__).parent / "configs" / "architectures.json"
@@ -373,7 +373,7 @@ def predict(config: TrainConfig, architecture: Architecture | None = None, *, im
     }
     if batch:
         phases["evaluate"] = sampling_phase(sizes, batch, config.eval_samples, config.eval_temperature == 0, merged)
-    gpu = torch.device(config.device).type == "cuda" if on_gpu is None else on_gpu
+    gpu = torch_device(config.device).type == "cuda" if on_gpu is None else on_gpu
     return Prediction(standing_bytes(config, m), phases, gpu, sizes.prompt)
 
 

@@ -729,7 +729,15 @@ def _check_options(quantization: str, dtype: str, device: str, attention: str, a
     if quantization == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError("quantization: nf4 needs bitsandbytes, which is not installed (some platforms have no "
                          "wheel): pip install bitsandbytes, or run with quantization: none")
-    _check_device(torch.device(device), dtype)
+    _check_device(torch_device(device), dtype)
+
+
+def torch_device(name: str) -> torch.device:
+    r"""The device of that name. Raises ConfigError if there is no such kind of device."""
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {name!r}: give cpu, cuda or cuda:N") from error
 
 
 def _check_device(device: torch.device, dtype: str) -> None:

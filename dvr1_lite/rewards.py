@@ -189,6 +189,17 @@ def temporal_iou(a: Span, b: Span) -> float:
     return min(1.0, intersection / union)
 
 
+def temporal_iop(predicted: Span, truth: Span) -> float:
+    r"""Intersection over the *predicted* span's length, in [0, 1], as NExT-GQA's evaluation defines it: a predicted
+    instant (start = end) counts 1 within the true span; a reversed or non-finite one counts 0."""
+    (start, end), (low, high) = predicted, truth
+    if not all(map(math.isfinite, (*predicted, *truth))) or end < start:
+        return 0.0
+    if start == end:
+        return float(low <= start <= high)
+    return max(0.0, min(end, high) - max(start, low)) / (end - start)
+
+
 def score(record: "Record", text: str) -> Score:
     r"""Reward of a completion: format + accuracy (at most 2), and + IoU where a span is asked (at most 3).
 

@@ -58,7 +58,7 @@ from .evaluation import evaluate, paired_change, see, summarise
 from .files import append_lines, make_folder, read_lines, sync, write_atomically, writing
 from .objectives import check_finite, get_objective, samples_from_reference
 from .paths import resolve
-from .policy import Completions, LoraSettings, Policy, Prompt
+from .policy import Completions, LoraSettings, Policy, Prompt, torch_device
 from .rewards import Score, score
 from .rollout import sample_groups
 
@@ -637,7 +637,7 @@ def check_machine(config: TrainConfig) -> None:
     Raises `ConfigError` for a GPU with too little memory, naming what to lower, and `ConfigError` or `ModelError` for
     an optimizer that cannot be had here.
     """
-    on_gpu = torch.device(config.device).type == "cuda"
+    on_gpu = torch_device(config.device).type == "cuda"
     if config.optimizer != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(f"optimizer: {config.optimizer} needs bitsandbytes, which is not installed: pip install "
                          f"bitsandbytes, or use optimizer: adamw")
