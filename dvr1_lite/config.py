@@ -109,7 +109,7 @@ class TrainConfig:
                                       "none: all at once.", "completions", NOT_GIVEN)
     temperature: float = setting(1.0, "Temperature of sampling and of all log-probs.", "no unit", NOT_GIVEN)
     max_new_tokens: int = setting(28, "Longest completion, with its end token.", "tokens", NOT_GIVEN)
-    learning_rate: float = setting(1e-3, "Learning rate of AdamW.", "per update", NOT_GIVEN)
+    learning_rate: float = setting(3e-4, "Learning rate of AdamW.", "per update", NOT_GIVEN)
     warmup_steps: int = setting(0, "Steps over which the learning rate rises linearly; constant afterwards.", "steps",
                                 NOT_GIVEN)
     optimizer: str = setting("adamw", "AdamW with means as wide as the weights, with 8-bit means, or with 8-bit means "
