@@ -16,6 +16,7 @@ from dvr1_lite.video import patchify
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 GUIDE, QUIZ, ANSWERS = FOLDER / "INSTRUCTORS.md", FOLDER / "QUIZ.md", FOLDER / "solutions/QUIZ_ANSWERS.md"
+NOTEBOOKS = pytest.mark.parametrize("path", sorted(FOLDER.glob("0[0-4]_*.ipynb")), ids=lambda path: path.stem)
 CITATION = re.compile(r'\[(\d\d), section (\d+)\]\(([^)]+)\)(?:, cell "([^"]+)")?')
 
 
@@ -105,8 +106,28 @@ def test_the_numbers_of_the_answers():
         assert answer(number).startswith(f"**{value}"), f"answer {number} is not {value}"
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("0[0-4]_*.ipynb")), ids=lambda path: path.stem)
+@NOTEBOOKS
 def test_every_section_is_marked_core_or_deeper(path):
     text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
     headings = re.findall(r"(?m)^##+ \d+\. .*$", text)
     assert headings and [h for h in headings if not re.search(r"Core|Deeper|\d\. Exercises$", h)] == []
+
+
+@NOTEBOOKS
+def test_predictions_come_before_folded_answers(path):
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    asked = [cell for cell in cells if re.search(r"(?m)^guess = None", cell.source)]
+    assert len(asked) >= 2 and all("predict(guess, " in cell.source for cell in asked)
+    assert all(cell.metadata.get("jupyter", {}).get("outputs_hidden") for cell in asked)
+
+
+@NOTEBOOKS
+def test_a_notebook_has_its_parts(path):
+    text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
+    for part in ("| to read | to run | memory | downloads | you need |", "Afterwards you can", "## Summary",
+                 "**Where this differs from the paper.**", "**Further reading.**", "**Next"):
+        assert part in text, part
+    exercises = re.findall(r"(?m)^### Exercise \d+ (★+)(.*)$", text)
+    assert 3 <= len([1 for _, rest in exercises if "no public solution" not in rest]) <= 5
+    assert [stars for stars, rest in exercises if "(required)" in rest] == ["★"]
+    assert all("How to judge it" in text.split(rest)[1] for _, rest in exercises if "no public solution" in rest)
