@@ -11,7 +11,7 @@ The paper leaves the amounts open. Here, with $\Delta R$ from Eq. 9 and normalis
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,9 @@ from .rewards import Score, parse_completion
 SCALES = ("adaptive", "fixed")
 DIRECTIONS = ("both", "hard", "easy", "none")
 EASY_KINDS = ("noise", "mask")
+HINT_UPDATES = ("hinted", "unhinted", "mixed")
+HINT_PROBES = (0.15, 0.3, 0.45, 0.6)  # shares that are tried, the smallest first
+PROBE_SUCCESS = 0.3  # the share of right answers at which a probe stops: neither hopeless nor given away
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,15 @@ def best_trace(scored: Iterable[tuple[str, Score]]) -> str | None:
         if score.right and thought and score.total > best_total:
             best, best_total = thought, score.total
     return best
+
+
+def probed_share(success: Callable[[float], float]) -> float:
+    r"""The smallest of `HINT_PROBES` whose `success`, the share of right answers, reaches `PROBE_SUCCESS`; else the
+    largest.
+
+    Differs from the paper: there the share follows from $\Delta R$ alone.
+    """
+    return next((share for share in HINT_PROBES[:-1] if success(share) >= PROBE_SUCCESS), HINT_PROBES[-1])
 
 
 def _check_share(name: str, share: float) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from .augmentation import EASY_KINDS, SCALES, AugmentationConfig, validate_augmentation
+from .augmentation import EASY_KINDS, HINT_UPDATES, SCALES, AugmentationConfig, validate_augmentation
 from .advantages import STD_KINDS
 from .difficulty import RewardHistory
 from .errors import ConfigError
@@ -143,6 +143,12 @@ class TrainConfig:
     hint_max: float = setting(0.6, "Share that a hint reveals at dR = 1, and never more.", "share", NOT_GIVEN)
     hint_traces: int = setting(4, "Traces written with the answer shown, from which a hint is chosen.", "completions",
                                "several")
+    hint_probe: bool = setting(False, "Find the share that a hint reveals by trying shares on hint_traces completions "
+                               "each, instead of from dR.", "true or false", "from dR")
+    hint_update: str = setting("hinted", "What the update of a hinted group stands on: the hinted prompt; the prompt "
+                               "without the hint (unhinted); or that with the model's own completions, of which up to "
+                               "half, wrong ones, give way to right ones written with the hint (mixed).", "name",
+                               "hinted, in our reading of figure 2", HINT_UPDATES)
 
     # Evaluation
     eval_limit: int = setting(0, "Questions of each file, drawn once for all runs; 0: all.", "questions", "all")

@@ -42,6 +42,7 @@ from .augmentation import (
     cut_hint,
     mask_frames,
     plan_augmentation,
+    probed_share,
 )
 from .checkpoints import (
     Checkpoint,
@@ -186,6 +187,29 @@ class Groups:
             for place, value in zip(places, getattr(new, name), strict=True):
                 values[place] = value
         return replace(self, completions=Completions(ids, mask), unfinished=unfinished, **lists)
+
+    def chosen(self, places: Sequence[int]) -> "Groups":
+        r"""The groups at `places` alone, in that order."""
+        where = torch.tensor(places, device=self.completions.ids.device)
+        completions = Completions(self.completions.ids[where], self.completions.mask[where])
+        lists = {name: [getattr(self, name)[i] for i in places] for name in ("records", "prompts", "texts", "scores")}
+        return Groups(**lists, completions=completions, unfinished=self.unfinished[where.to(self.unfinished.device)])
+
+    def with_successes(self, new: "Groups") -> "Groups":
+        r"""These groups, on their own prompts, with up to half of each, wrong completions, exchanged for right ones of
+        the group of `new` at the same place."""
+        everyone = range(len(self.records))
+        source, mixed = self.replaced(everyone, new), new.replaced(everyone, self)  # padded to one length
+        for b, (scores, others) in enumerate(zip(self.scores, new.scores)):
+            wrong = [g for g, score in enumerate(scores) if not score.right][:len(scores) // 2]
+            right = [g for g, score in enumerate(others) if score.right]
+            mixed.texts[b], mixed.scores[b] = list(self.texts[b]), list(scores)
+            for to, fro in zip(wrong, right):
+                for part in ("ids", "mask"):
+                    getattr(mixed.completions, part)[b, to] = getattr(source.completions, part)[b, fro]
+                mixed.unfinished[b, to] = source.unfinished[b, fro]
+                mixed.texts[b][to], mixed.scores[b][to] = source.texts[b][fro], source.scores[b][fro]
+        return mixed
 
 
 def mean_of(values: Sequence[float]) -> float:
@@ -366,7 +390,16 @@ class Trainer:
             return sampled, counts
         records = [sampled.records[i] for i in changed]
         again = self._sample(records, list(changed.values()), self.config.group_size, "sample_augmented")
+        hinted = [row for row, i in enumerate(changed) if i in hints]
+        if hinted and self.config.hint_update != "hinted":
+            again = again.replaced(hinted, self._without_hint(sampled.chosen(list(hints)), again.chosen(hinted)))
         return sampled.replaced(list(changed), again), counts
+
+    def _without_hint(self, own: Groups, hinted: Groups) -> Groups:
+        r"""What the update of hinted groups stands on if not on the hinted prompt: completions on the plain prompts."""
+        if self.config.hint_update == "mixed":
+            return own.with_successes(hinted)
+        return replace(hinted, prompts=own.prompts)
 
     def _hinted_prompts(self, sampled: Groups, hard: list[int], plans: list[Augmentation]) -> dict[int, Prompt]:
         r"""Prompts with a hint for those hard ones whose answer the policy can explain when it is shown."""
@@ -379,9 +412,18 @@ class Trainer:
         for i, texts, scores in zip(hard, traces.texts, traces.scores):
             trace = best_trace(zip(texts, scores))
             if trace is not None:
-                hint = cut_hint(trace, plans[i].amount)
-                prompts[i] = self._prompt(sampled.records[i], sampled.prompts[i].features, hint=hint)
+                hinted = lambda share: self._prompt(sampled.records[i], sampled.prompts[i].features,
+                                                    hint=cut_hint(trace, share))
+                share = plans[i].amount
+                if self.config.hint_probe:
+                    share = probed_share(lambda tried: self._success(sampled.records[i], hinted(tried)))
+                prompts[i] = hinted(share)
         return prompts
+
+    def _success(self, record: Record, prompt: Prompt) -> float:
+        r"""Share of right answers among `hint_traces` completions."""
+        tried = self._sample([record], [prompt], self.config.hint_traces, "sample_probes")
+        return mean_of([score.right for score in tried.scores[0]])
 
     def _noisy_prompts(self, sampled: Groups, easy: list[int], plans: list[Augmentation]) -> dict[int, Prompt]:
         r"""Prompts with noise or masked frames; a clip that has become unreadable is counted and stays as it was."""

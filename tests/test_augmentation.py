@@ -14,6 +14,7 @@ from dvr1_lite.augmentation import (
     cut_hint,
     mask_frames,
     plan_augmentation,
+    probed_share,
     validate_augmentation,
 )
 from dvr1_lite.errors import ConfigError, NumericsError
@@ -232,3 +233,12 @@ def test_no_trace_serves_if_answer_or_format_is_wrong():
     assert best_trace([]) is None
     assert best_trace([scored("a", accuracy=0.0, iou=1.0), scored("b", format_=0.0), scored("c", accuracy=0.9)]) is None
     assert best_trace([scored("")]) is None
+
+
+@pytest.mark.parametrize(("rates", "share", "tries"), [
+    ({0.15: 0.5}, 0.15, 1), ({0.15: 0.25, 0.3: 0.3}, 0.3, 2), ({0.15: 0.0, 0.3: 0.0, 0.45: 1.0}, 0.45, 3),
+    ({0.15: 0.0, 0.3: 0.0, 0.45: 0.25}, 0.6, 3)])
+def test_the_smallest_share_that_lets_enough_succeed(rates, share, tries):
+    asked = []
+    assert probed_share(lambda tried: asked.append(tried) or rates[tried]) == share
+    assert len(asked) == tries

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from small_run import reward_by_coin, small_config, write_world
+from small_run import coin_score, reward_by_coin, small_config, write_world
 
 from dvr1_lite import checkpoints, training
 from dvr1_lite.checkpoints import checkpoint_folders, load_newest, read_checkpoint, save_checkpoint
@@ -22,6 +22,7 @@ from dvr1_lite.errors import ClipError, ConfigError, ModelError, NumericsError, 
 from dvr1_lite.files import read_lines
 from dvr1_lite.objectives import METHODS
 from dvr1_lite.policy import Completions, Policy
+from dvr1_lite.rewards import Score
 from dvr1_lite.training import Groups, Order, Trainer, comparable, limited, stop_request, train
 
 LITE = Path(training.__file__).parent / "configs" / "lite.yaml"
@@ -164,6 +165,22 @@ def test_augmented_groups_take_their_places_whatever_their_length():
     assert longer.completions.mask.tolist() == [[[1, 0, 0], [1, 0, 0]]]
 
 
+def test_half_of_a_group_at_most_gives_way_to_successes():
+    right, wrong = Score(1.0, 1.0, None, 2.0, 2.0), Score(1.0, 0.0, None, 1.0, 2.0)
+    own = groups([[[1, 0], [2, 0], [3, 0], [4, 5]]], scores=[[right, wrong, wrong, wrong]], prompts=["plain"])
+    hinted = groups([[[6, 6, 6], [7, 7, 7], [8, 0, 0], [9, 0, 0]]], scores=[[wrong, right, right, right]],
+                    prompts=["with a hint"])
+    own, hinted = replace(own, texts=[list("abcd")]), replace(hinted, texts=[list("efgh")])
+    mixed = own.with_successes(hinted)
+    assert mixed.completions.ids.tolist() == [[[1, 0, 0], [7, 7, 7], [8, 0, 0], [4, 5, 0]]]
+    assert mixed.completions.mask.tolist() == [[[1, 0, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0]]]
+    assert mixed.texts == [["a", "f", "g", "d"]] and mixed.prompts == ["plain"]
+    assert [score.right for score in mixed.scores[0]] == [True, True, True, False]
+    assert own.texts == [list("abcd")] and hinted.texts == [list("efgh")] and own.scores[0][1] is wrong
+    nothing = own.with_successes(replace(hinted, scores=[[wrong] * 4]))
+    assert nothing.completions.ids.tolist() == [[[1, 0, 0], [2, 0, 0], [3, 0, 0], [4, 5, 0]]]
+
+
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
@@ -286,6 +303,34 @@ def test_directions_of_the_augmentation_and_the_control(augment, world, tmp_path
     if augment == "resample":
         assert total["hints_found"] == 0 and total["augmented"] == total["hard"] + total["easy"]
         assert lines[-1]["rollouts"] == 6 * 2 * 4 + total["augmented"] * 4
+
+
+@pytest.mark.parametrize("where", ["hinted", "unhinted", "mixed"])
+def test_the_prompt_that_the_update_of_a_hinted_group_stands_on(where, world, tmp_path, coin):
+    config = small_config(world, tmp_path / "run", augment="hard", hint_update=where, eval_files=[], steps=6)
+    seen, update = [], Trainer._update
+    coin.setattr(Trainer, "_update", lambda self, groups: seen.append(groups) or update(self, groups))
+    train(config, progress=False)
+    lines = lines_of(tmp_path / "run")
+    assert sum(line["hints_found"] for line in lines) > 0
+    hinted = sum("Hint:" in prompt.text for groups in seen for prompt in groups.prompts)
+    assert hinted == (sum(line["hints_found"] for line in lines) if where == "hinted" else 0)
+    for groups in seen:
+        told = [[coin_score(record, text) for text in texts] for record, texts in zip(groups.records, groups.texts)]
+        assert told == groups.scores
+        assert groups.completions.mask.any(-1).all()
+
+
+def test_a_probed_hint_counts_what_it_samples(world, tmp_path, coin):
+    config = small_config(world, tmp_path / "run", augment="hard", hint_probe=True, eval_files=[], steps=6)
+    probes, sample = [], Trainer._sample
+    coin.setattr(Trainer, "_sample", lambda self, records, prompts, size, phase:
+                 probes.append((phase, len(prompts) * size)) or sample(self, records, prompts, size, phase))
+    train(config, progress=False)
+    found = sum(line["hints_found"] for line in lines_of(tmp_path / "run"))
+    tried = [count for phase, count in probes if phase == "sample_probes"]
+    assert found <= len(tried) <= 3 * found and set(tried) == {2}
+    assert lines_of(tmp_path / "run")[-1]["rollouts"] == sum(count for _, count in probes)
 
 
 def test_a_budget_of_rollouts_ends_the_run(world, tmp_path, coin):
