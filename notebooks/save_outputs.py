@@ -2,7 +2,7 @@
 
     python notebooks/save_outputs.py                       all of them
     python notebooks/save_outputs.py notebooks/02_*.ipynb  some
-    python notebooks/save_outputs.py --address             no running: only write the address into badges and set-up cells
+    python notebooks/save_outputs.py --address             no running: only write the address wherever it stands
 
 Saved are outputs and execution counts; times, versions and the kernel's own name are not, so that a second run changes
 nothing. Cell metadata stay, among them the hidden outputs of cells that answer a prediction.
@@ -59,6 +59,16 @@ def write_address(notebook: nbformat.NotebookNode, path: Path) -> None:
                 cell.source = re.sub(rf'(?m)^{name.upper()} = ".*"$', f'{name.upper()} = "{value}"', cell.source)
 
 
+def address_in_pages(name: str, text: str) -> str:
+    """The text of README.md or CITATION.cff with the address in its Colab links, or as repository and version."""
+    where = address()
+    if name == "README.md":
+        links = where["repository"].replace("https://github.com/", "https://colab.research.google.com/github/")
+        return re.sub(r"https://colab\.research\.google\.com/github/[^)\s]+?/blob/[^/]+/", f"{links}/blob/{where['tag']}/", text)
+    text = re.sub(r'(?m)^repository-code: ".*"$', f'repository-code: "{where["repository"]}"', text)
+    return re.sub(r"(?m)^version: .*$", f"version: {where['tag'].removeprefix('v')}", text)
+
+
 def run(notebook: nbformat.NotebookNode, path: Path) -> None:
     """Execute in place, in the notebook's own folder."""
     NotebookClient(notebook, timeout=CELL_TIMEOUT, kernel_name="python3", record_timing=False, coalesce_streams=True,
@@ -82,6 +92,8 @@ def main() -> None:
     parser.add_argument("--address", action="store_true", help="only write the address, run nothing")
     arguments = parser.parse_args()
     os.environ.update(notebook_environment())
+    for page in (ROOT / "README.md", ROOT / "CITATION.cff") if arguments.address else ():
+        page.write_text(address_in_pages(page.name, page.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
     for path in arguments.notebooks or notebooks():
         start = time.perf_counter()
         notebook = nbformat.read(path, as_version=4)

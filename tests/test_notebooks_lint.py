@@ -135,6 +135,16 @@ def test_the_address_stands_in_one_place_and_the_others_agree():
         assert f"({link})" in save_outputs.badge(path) and path.exists()
 
 
+def test_a_new_address_reaches_the_readme_and_the_citation(monkeypatch):
+    new = {"repository": "https://github.com/some/where", "tag": "semester"}
+    monkeypatch.setattr(save_outputs, "address", lambda: new)
+    for name, wanted in (("README.md", "github/some/where/blob/semester/notebooks/"), ("CITATION.cff", "version: semester\n")):
+        before = (ROOT / name).read_text(encoding="utf-8")
+        after = save_outputs.address_in_pages(name, before)
+        assert wanted in after and len(after.splitlines()) == len(before.splitlines())
+        assert "deepvideo-r1-lite/blob" not in after
+
+
 def test_ci_runs_the_command_of_the_readme():
     command = (ROOT / ".ci/run").read_text(encoding="utf-8").rstrip().rsplit("\n", 1)[-1]
     assert command == "python -m pytest"
