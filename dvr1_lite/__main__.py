@@ -334,6 +334,71 @@ def report_command(arguments: Sequence[str]) -> int:
     return 0
 
 
+# --- bench -----------------------------------------------------------------------------------------------------------
+
+
+def bench_command(arguments: Sequence[str]) -> int:
+    r"""Measure seconds and memory of a training step, beside a repeated prompt and TRL; or profile the default run."""
+    from . import bench, profiling
+    from .files import make_folder, write_atomically
+
+    options = _bench_parser().parse_args(arguments)
+    _use_threads(options.threads)
+    if options.profile:
+        if options.profile_steps < 1:
+            raise ConfigError(f"--profile-steps is {options.profile_steps}: give 1 or more")
+        found = profiling.profile(options.profile_steps, {"device": options.device})
+        for path, text in ((options.json, json.dumps(found, indent=1)), (options.table, profiling.as_table(found))):
+            if path is not None:
+                make_folder(path.parent)
+                write_atomically(path, text + "\n")
+        print(profiling.as_table(found))
+        return 0
+    kinds = bench.kinds(options.device, options.model)
+    plan = bench.Plan(tuple(options.frames), tuple(options.group_size),
+                      options.completion_tokens or bench.completion_tokens(kinds[0]), tuple(options.inner_updates),
+                      options.size, options.repeats, tuple(options.ways), options.micro_batch)
+    result, stopped = bench.bench(kinds, plan, command=shlex.join(["python", "-m", "dvr1_lite", "bench", *arguments]),
+                                  json_file=options.json, table_file=options.table, note=options.note)
+    print(bench.as_table(result))
+    return INTERRUPTED if stopped else 0
+
+
+def _bench_parser() -> Parser:
+    from .bench import SHAPES, WAYS
+
+    parser = Parser("bench", bench_command.__doc__)
+    parser.add_argument("--frames", type=int, nargs="+", default=[8, 16, 32], metavar="N", help="Frames of the clip.")
+    parser.add_argument("--group-size", type=int, nargs="+", default=[4, 8, 16], metavar="G",
+                        help="Completions of the prompt.")
+    parser.add_argument("--completion-tokens", type=int, metavar="T", help="Length of every completion; none: 64, and "
+                        "256 for the 3B.")
+    parser.add_argument("--inner-updates", type=int, nargs="+", default=[1, 4], metavar="K", help="Updates of the "
+                        "weights a step: the grid is made with the first number, its middle with the others too.")
+    parser.add_argument("--size", type=int, default=252, help="Height and width of the frames in pixels.")
+    parser.add_argument("--repeats", type=int, default=5, help="Rounds that the medians are of, after one to warm up.")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="What is measured beside shared.")
+    parser.add_argument("--micro-batch", type=int, help="Completions in one forward pass of the shared way; none: all.")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for bfloat16 and NF4.")
+    parser.add_argument("--model", choices=SHAPES, help="Sizes of the random model; none: tiny on a CPU, 3B on a GPU.")
+    parser.add_argument("--threads", type=int, help="Threads of torch; none: torch's own choice.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Where the result goes, after every setting anew.")
+    parser.add_argument("--table", type=Path, metavar="FILE.md", help="Where the table goes too.")
+    parser.add_argument("--note", default="", help="A line for the table: what else the machine was doing.")
+    parser.add_argument("--profile", action="store_true", help="Tell where a step of the default run spends its time.")
+    parser.add_argument("--profile-steps", type=int, default=20, help="Steps that the profile is of.")
+    return parser
+
+
+def _use_threads(count: int | None) -> None:
+    import torch
+
+    if count is not None and count < 1:
+        raise ConfigError(f"--threads is {count}: give 1 or more")
+    if count is not None:
+        torch.set_num_threads(count)
+
+
 # --- check and memory ------------------------------------------------------------------------------------------------
 
 
@@ -414,71 +479,6 @@ def memory_command(arguments: Sequence[str]) -> int:
         memory.check_fits(config, available, **expected)
         print(f"{'available':<24}{available:8.2f} GB: it fits")
     return 0
-
-
-# --- bench -----------------------------------------------------------------------------------------------------------
-
-
-def bench_command(arguments: Sequence[str]) -> int:
-    r"""Measure seconds and memory of a training step, beside a repeated prompt and TRL; or profile the default run."""
-    from . import bench, profiling
-    from .files import make_folder, write_atomically
-
-    options = _bench_parser().parse_args(arguments)
-    _use_threads(options.threads)
-    if options.profile:
-        if options.profile_steps < 1:
-            raise ConfigError(f"--profile-steps is {options.profile_steps}: give 1 or more")
-        found = profiling.profile(options.profile_steps, {"device": options.device})
-        for path, text in ((options.json, json.dumps(found, indent=1)), (options.table, profiling.as_table(found))):
-            if path is not None:
-                make_folder(path.parent)
-                write_atomically(path, text + "\n")
-        print(profiling.as_table(found))
-        return 0
-    kinds = bench.kinds(options.device, options.model)
-    plan = bench.Plan(tuple(options.frames), tuple(options.group_size),
-                      options.completion_tokens or bench.completion_tokens(kinds[0]), tuple(options.inner_updates),
-                      options.size, options.repeats, tuple(options.ways), options.micro_batch)
-    result, stopped = bench.bench(kinds, plan, command=shlex.join(["python", "-m", "dvr1_lite", "bench", *arguments]),
-                                  json_file=options.json, table_file=options.table, note=options.note)
-    print(bench.as_table(result))
-    return INTERRUPTED if stopped else 0
-
-
-def _bench_parser() -> Parser:
-    from .bench import SHAPES, WAYS
-
-    parser = Parser("bench", bench_command.__doc__)
-    parser.add_argument("--frames", type=int, nargs="+", default=[8, 16, 32], metavar="N", help="Frames of the clip.")
-    parser.add_argument("--group-size", type=int, nargs="+", default=[4, 8, 16], metavar="G",
-                        help="Completions of the prompt.")
-    parser.add_argument("--completion-tokens", type=int, metavar="T", help="Length of every completion; none: 64, and "
-                        "256 for the 3B.")
-    parser.add_argument("--inner-updates", type=int, nargs="+", default=[1, 4], metavar="K", help="Updates of the "
-                        "weights a step: the grid is made with the first number, its middle with the others too.")
-    parser.add_argument("--size", type=int, default=252, help="Height and width of the frames in pixels.")
-    parser.add_argument("--repeats", type=int, default=5, help="Rounds that the medians are of, after one to warm up.")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="What is measured beside shared.")
-    parser.add_argument("--micro-batch", type=int, help="Completions in one forward pass of the shared way; none: all.")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda for bfloat16 and NF4.")
-    parser.add_argument("--model", choices=SHAPES, help="Sizes of the random model; none: tiny on a CPU, 3B on a GPU.")
-    parser.add_argument("--threads", type=int, help="Threads of torch; none: torch's own choice.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where the result goes, after every setting anew.")
-    parser.add_argument("--table", type=Path, metavar="FILE.md", help="Where the table goes too.")
-    parser.add_argument("--note", default="", help="A line for the table: what else the machine was doing.")
-    parser.add_argument("--profile", action="store_true", help="Tell where a step of the default run spends its time.")
-    parser.add_argument("--profile-steps", type=int, default=20, help="Steps that the profile is of.")
-    return parser
-
-
-def _use_threads(count: int | None) -> None:
-    import torch
-
-    if count is not None and count < 1:
-        raise ConfigError(f"--threads is {count}: give 1 or more")
-    if count is not None:
-        torch.set_num_threads(count)
 
 
 # --- all commands ----------------------------------------------------------------------------------------------------

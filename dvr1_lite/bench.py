@@ -855,10 +855,15 @@ def _growth(rows: Sequence[dict]) -> Iterator[str]:
         line = sorted((row for row in rows if row[other] == middle[other]
                        and row["inner_updates"] == middle["inner_updates"]), key=lambda row: row[name])
         if len(line) > 1:
-            told = "; ".join(f"{way} " + ", ".join(
-                f"{row['ways'][way]['step']['seconds'] / line[0]['ways'][way]['step']['seconds']:.1f}"
-                for row in line if way in row["ways"]) for way in WAYS if way in line[0]["ways"])
-            yield f"Growth of the step with {label} {', '.join(str(row[name]) for row in line)}: {told}."
+            told = "; ".join(f"{way} {_along(line, way, 'seconds')} ({_along(line, way, 'processor_seconds')})"
+                             for way in WAYS if all(way in row["ways"] for row in line))
+            yield (f"Growth of the step with {label} {', '.join(str(row[name]) for row in line)}, in brackets by "
+                   f"processor time: {told}.")
+
+
+def _along(line: Sequence[dict], way: str, figure: str) -> str:
+    steps = [row["ways"][way]["step"][figure] for row in line]
+    return ", ".join(f"{step / steps[0]:.1f}" for step in steps)
 
 
 def _card_line(row: dict) -> str:

@@ -7,6 +7,7 @@ wrapped function that runs (its *part*), so the parts add up to the steps' time.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import tempfile
 import time
@@ -19,8 +20,8 @@ import torch
 
 from . import evaluation, policy, rollout, training
 from .config import TrainConfig, load_config
-from .files import read_lines
-from .training import Trainer, quiet_libraries
+from .experiments import machine
+from .training import Trainer, quiet_libraries, versions
 
 REST = "the rest: lists, tensors of a few numbers, bookkeeping"
 # part -> (owner, name) of the functions that it is spent in. The first two are the model itself.
@@ -47,15 +48,16 @@ PARTS = {
 
 
 class Parts:
-    r"""Seconds and calls by part; what is called inside a part counts for the inner one alone."""
+    r"""Seconds, processor seconds of all threads, and calls by part; what a part calls counts for the inner one."""
 
     WHOLE = ("objective",)  # its small backward pass is not the model's
 
     def __init__(self):
         self.seconds: dict[str, float] = defaultdict(float)
+        self.processor: dict[str, float] = defaultdict(float)
         self.calls: Counter[str] = Counter()
         self.open: list[str] = []
-        self.since = 0.0
+        self.since = (0.0, 0.0)
 
     def wrap(self, part: str, function):
         @functools.wraps(function)
@@ -76,9 +78,10 @@ class Parts:
     def _switch(self) -> None:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        now = time.perf_counter()
+        now = (time.perf_counter(), time.process_time())
         if self.open:
-            self.seconds[self.open[-1]] += now - self.since
+            self.seconds[self.open[-1]] += now[0] - self.since[0]
+            self.processor[self.open[-1]] += now[1] - self.since[1]
         self.since = now
 
     @contextlib.contextmanager
@@ -119,20 +122,27 @@ def profile(steps: int = 20, overrides: dict | None = None, progress: bool = Tru
 
 def figures(config: TrainConfig, steps: int, parts: Parts) -> dict:
     r"""Shares of the steps' time, largest first."""
-    total = sum(parts.seconds.values())
-    table = {part: {"seconds": seconds / steps, "share": seconds / total, "calls": parts.calls[part] / steps}
+    total, work = sum(parts.seconds.values()), sum(parts.processor.values())
+    table = {part: {"seconds": seconds / steps, "share": seconds / total, "calls": parts.calls[part] / steps,
+                    "processor_share": parts.processor[part] / work}
              for part, seconds in sorted(parts.seconds.items(), key=lambda item: -item[1])}
-    return {"model": config.model, "quantization": config.quantization, "method": config.method, "steps": steps,
-            "threads": torch.get_num_threads(), "seconds_per_step": total / steps,
-            "share_in_model": sum(table[part]["share"] for part in MODEL if part in table), "parts": table}
+    in_model = {key: sum(table[part][key] for part in MODEL if part in table) for key in ("share", "processor_share")}
+    return {"date": datetime.date.today().isoformat(), "machine": machine(config.device), "versions": versions(),
+            "command": f"python -m dvr1_lite bench --profile --profile-steps {steps}", "model": config.model,
+            "quantization": config.quantization, "method": config.method, "steps": steps,
+            "threads": torch.get_num_threads(), "seconds_per_step": total / steps, "share_in_model": in_model["share"],
+            "processor_share_in_model": in_model["processor_share"], "parts": table}
 
 
 def as_table(found: dict) -> str:
     r"""The profile in Markdown."""
     lines = [f"A step of the default run ({found['model']}, {found['quantization']}, {found['method']}; mean of "
-             f"{found['steps']} steps, {found['threads']} threads) takes {found['seconds_per_step']:.2f} s; "
-             f"{found['share_in_model']:.0%} of it is the model's forward and backward.", "",
-             "| part | s a step | share | calls a step |", "| --- | --- | --- | --- |"]
-    lines += [f"| {part} | {row['seconds']:.3f} | {row['share']:.1%} | {row['calls']:.0f} |"
-              for part, row in found["parts"].items()]
+             f"{found['steps']} steps after one to warm up) takes {found['seconds_per_step']:.2f} s; "
+             f"{found['share_in_model']:.0%} of it is the model's forward and backward "
+             f"({found['processor_share_in_model']:.0%} by processor time, which other programs do not lengthen).", "",
+             f"`{found['command']}`, {found['date']}, {found['machine']}, {found['threads']} threads; "
+             + ", ".join(f"{name} {version}" for name, version in found["versions"].items()), "",
+             "| part | s a step | share | by processor time | calls a step |", "| --- | --- | --- | --- | --- |"]
+    lines += [f"| {part} | {row['seconds']:.3f} | {row['share']:.1%} | {row['processor_share']:.1%} | "
+              f"{row['calls']:.0f} |" for part, row in found["parts"].items()]
     return "\n".join(lines)

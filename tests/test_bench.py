@@ -333,12 +333,14 @@ def test_profile_of_a_small_run(tmp_path, monkeypatch):
     given = vars(small_config(world, tmp_path / "unused"))
     names = ("model", "train_file", "num_frames", "prompts_per_step", "group_size", "max_new_tokens", "inner_updates",
              "lora_rank")
+    torch.optim.AdamW([torch.zeros(1)])  # the first one ever wraps the class's step for torch's own profiler
     before = {(owner, name): getattr(owner, name) for places in profiling.PARTS.values() for owner, name in places}
     found = profiling.profile(2, {name: given[name] for name in names})
     assert all(getattr(owner, name) is old for (owner, name), old in before.items())
     assert not (tmp_path / "unused").exists()
     shares = {part: row["share"] for part, row in found["parts"].items()}
     assert sum(shares.values()) == pytest.approx(1)
+    assert sum(row["processor_share"] for row in found["parts"].values()) == pytest.approx(1)
     assert found["share_in_model"] == pytest.approx(shares["model forward"] + shares["model backward"])
     assert 0.2 < found["share_in_model"] < 1 and found["parts"]["model backward"]["calls"] == 2
     assert {"optimizer, with the gradient's norm", "objective", "rewards", "prompts"} <= set(shares)
@@ -348,8 +350,10 @@ def test_profile_of_a_small_run(tmp_path, monkeypatch):
 def test_profile_from_the_command_line(monkeypatch, tmp_path, capsys):
     parts = profiling.Parts()
     parts.seconds.update({"model forward": 3.0, "rewards": 1.0})
+    parts.processor.update({"model forward": 9.0, "rewards": 1.0})
     monkeypatch.setattr(profiling, "profile", lambda steps, overrides: profiling.figures(
-        types.SimpleNamespace(model="m", quantization="nf4", method="reg-grpo"), steps, parts))
+        types.SimpleNamespace(model="m", quantization="nf4", method="reg-grpo", device="cpu"), steps, parts))
     assert cli.main(["bench", "--profile", "--profile-steps", "2", "--json", str(tmp_path / "p.json")]) == 0
     assert json.loads((tmp_path / "p.json").read_text())["share_in_model"] == 0.75
-    assert "takes 2.00 s; 75% of it" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "takes 2.00 s; 75% of it" in told and "90% by processor time" in told
