@@ -129,8 +129,8 @@ class FeatureCache:
         features = build()
         if features.nbytes > self.max_bytes:
             raise ConfigError(f"the features of {key} take {features.nbytes:,} bytes, the feature cache holds only "
-                              f"{self.max_bytes:,}: raise feature_cache_mb (max_feature_bytes of Policy.load), or sample "
-                              f"fewer or smaller frames")
+                              f"{self.max_bytes:,}: raise feature_cache_mb (max_feature_bytes of Policy.load), or "
+                              f"sample fewer or smaller frames")
         self._items[key] = features
         self.nbytes += features.nbytes
         while self.nbytes > self.max_bytes:

@@ -283,6 +283,8 @@ def test_the_gpus_kinds_on_a_cpu(quantization, monkeypatch):
     assert row["kind"] == f"3B, {'NF4 in ' if quantization == 'nf4' else ''}bfloat16, cpu" and row["n"] == 1
     linear = bench.build_policy(kind).language.layers[0].mlp.up_proj.base_layer
     assert (type(linear).__name__ == "Linear4bit") == (quantization == "nf4")
+    state = getattr(linear.weight, "quant_state", None)
+    assert (state is not None and state.quant_type == "nf4" and state.nested) == (quantization == "nf4")
 
 
 @pytest.mark.slow
