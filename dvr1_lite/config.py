@@ -28,6 +28,7 @@ AUGMENT = ("both", "hard", "easy", "none", "resample")
 OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw-8bit")
 NOT_GIVEN = "not given"
 CONFIGS = Path(__file__).parent / "configs"
+MAX_YAML_BYTES = 2**20
 
 
 def setting(default: Any, text: str, unit: str, paper: str, choices: Sequence[str] | None = None) -> Any:
@@ -327,8 +328,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     r"""The mapping in a YAML file, or in the shipped config of that name. Raises `ConfigError` if there is none."""
     if not Path(path).exists():
         path = shipped_configs().get(str(path).removesuffix(".yaml"), path)
+    r"""The mapping in a YAML file, by `yaml.safe_load`. Raises `ConfigError` if there is none, or for a file over 1 MB
+    or with aliases, of which a few lines can stand for gigabytes."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if Path(path).stat().st_size > MAX_YAML_BYTES:
+            raise ConfigError(f"config {path} is larger than {MAX_YAML_BYTES} bytes: give a config, not a data set")
+        text = Path(path).read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ConfigError(f"config {path} has an alias (*name): write the value itself")
+        values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path} cannot be read ({_reason(error)}): check the path") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:

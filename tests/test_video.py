@@ -318,61 +318,10 @@ def test_a_video_with_an_absurd_size_is_refused(clip_path, monkeypatch):
         read_clip(clip_path, 8)
 
 
-MUTATE = """
-import json, random, sys, time
-from pathlib import Path
-import torch
-from dvr1_lite.errors import ClipError
-from dvr1_lite.video import read_clip
-torch.set_num_threads(1)
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
-except ImportError:
-    pass
-source, first, count, backends = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4].split(",")
-whole, path = Path(source).read_bytes(), Path(source).with_name(f"mutated{first}.mp4")
-
-def mutate(seed):
-    rng, data = random.Random(seed), bytearray(whole)
-    at = rng.randrange(len(data) - 8)
-    if seed % 6 == 0:
-        del data[at:]
-    elif seed % 6 == 1:
-        for _ in range(rng.randrange(1, 20)):
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    elif seed % 6 == 2:
-        for _ in range(rng.randrange(1, 6)):
-            data[rng.randrange(min(len(data), 1200))] = rng.randrange(256)
-    elif seed % 6 == 3:
-        extreme = rng.choice([b"\\xff" * 4, b"\\x7f\\xff\\xff\\xff", bytes(4), b"\\x80" + bytes(3)])
-        at = rng.randrange(min(len(data) - 8, 1200))
-        data[at : at + 4] = extreme
-    elif seed % 6 == 4:
-        del data[at : at + rng.randrange(1, 400)]
-    else:
-        data[at:at] = rng.randbytes(rng.randrange(1, 300))
-    return bytes(data)
-
-for seed in range(first, first + count):
-    path.write_bytes(mutate(seed))
-    for backend in backends:
-        start = time.monotonic()
-        try:
-            frames = read_clip(path, 8, (56, 56), backend=backend).frames
-            result = "read" if frames.shape == (8, 3, 56, 56) and frames.isfinite().all() else "wrong frames"
-        except ClipError as error:
-            result = "refused" if str(error).startswith(str(path)) and "; " in str(error) else str(error)
-        except BaseException as error:
-            result = repr(error)
-        print(json.dumps([seed, backend, result, time.monotonic() - start]), flush=True)
-path.unlink()
-"""
-
-
 def read_mutated(source: Path, first: int, count: int, seconds: float) -> list:
     """In a process of its own: a decoder that crashes or hangs must not take the tests with it."""
-    command = [sys.executable, "-c", MUTATE, str(source), str(first), str(count), ",".join(BACKENDS)]
+    program = ROOT / "tests" / "mutate_clips.py"
+    command = [sys.executable, str(program), str(source), str(first), str(count), ",".join(BACKENDS)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
