@@ -844,7 +844,8 @@ def _phases(rows: Sequence[dict]) -> str:
                           f"{ratio:.1f} ({by_processor:.1f})" if ratio else "-",
                           f"{ratio / row['token_ratio']:.0%} ({by_processor / row['token_ratio']:.0%})" if ratio
                           else "-"])
-    return ("Phases; forward + backward is that of one update; in brackets by processor time\n\n"
+    return ("Phases; in brackets by processor time. Forward + backward is that of one update; log-probs are the "
+            "reference's, and with several updates TRL's own old ones too; MB are 2**20 bytes\n\n"
             + _grid(header, lines))
 
 
