@@ -619,7 +619,7 @@ def measure(kind: Kind, plan: Plan, result: dict, save: Callable[[dict], None], 
             with tempfile.TemporaryDirectory() as folder:
                 try:
                     ways, told = _ways(kind, plan, setting, policy, model, folder)
-                    for entry in _rounds(ways, plan.repeats, kind.device):
+                    for entry in _rounds(ways, told, plan.repeats, kind.device):
                         rounds.append(entry)
                         bar.update(cost / (plan.repeats + 1))
                 except KeyboardInterrupt:
@@ -656,15 +656,28 @@ def _trl(kind: Kind, setting: Setting, clip: Clip, prompt_tokens: int, folder: s
     return way, f"TRL on {way.prompt} of as many visual tokens"
 
 
-def _rounds(ways: dict, repeats: int, device: str) -> Iterator[dict]:
-    r"""One warm-up and `repeats` rounds; in each every way makes a step, and each round another one begins."""
+def _rounds(ways: dict, told: dict, repeats: int, device: str) -> Iterator[dict]:
+    r"""One warm-up and `repeats` rounds; in each every way makes a step, and each round another one begins.
+
+    A way that runs out of memory is left out from there on; raises `ConfigError` where that is the shared one.
+    """
     watch, names = Watch(device), list(ways)
     for number in range(repeats + 1):
         entry = {}
         for place in range(len(names)):
             name = names[(number + place) % len(names)]
+            if name not in ways:
+                continue
             watch.begin()
-            ways[name].round(watch)
+            try:
+                ways[name].round(watch)
+            except torch.OutOfMemoryError as error:
+                if name == "shared":
+                    raise ConfigError("out of memory: give fewer --frames, a smaller --group-size or a "
+                                      "--micro-batch; settings measured before are kept") from error
+                told[name] = "not measured everywhere: out of memory"
+                del ways[name]
+                continue
             entry[name] = {"seconds": dict(watch.seconds), "processor": dict(watch.processor),
                            "bytes": dict(watch.peaks)}
         yield entry
@@ -681,7 +694,7 @@ def figures(kind: Kind, setting: Setting, prompt_tokens: int, told: dict, rounds
     r"""Medians over the rounds, and the ratios of each way to the shared one; "forward + backward" is one update's."""
     known = Meter(kind.device).known
     ways = {}
-    for name in (name for name in WAYS if name in rounds[0]):
+    for name in (name for name in WAYS if all(name in entry for entry in rounds)):
         ways[name] = {"what": told[name]}
         for phase in PHASES:
             share = setting.inner_updates if phase == "forward + backward" else 1

@@ -236,6 +236,18 @@ def test_without_trl_the_table_says_so(monkeypatch, tmp_path, capsys):
         assert told in table, told
 
 
+def test_a_way_without_enough_memory_is_left_out(monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    shared = types.SimpleNamespace(round=lambda watch: watch.enter("step") or watch.leave("step"))
+    ways, told = {"shared": shared, "repeated": types.SimpleNamespace(round=fail)}, {"shared": "ours"}
+    entries = list(bench._rounds(ways, told, 2, "cpu"))
+    assert [set(entry) for entry in entries] == [{"shared"}] * 3 and "out of memory" in told["repeated"]
+    with pytest.raises(ConfigError, match="--micro-batch"):
+        list(bench._rounds({"shared": types.SimpleNamespace(round=fail)}, {}, 1, "cpu"))
+
+
 def test_images_give_way_to_text(monkeypatch):
     def build(*_, images=True):
         if images:
