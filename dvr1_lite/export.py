@@ -64,17 +64,17 @@ def _find(model: str, name: str) -> str | None:
 
 def card(adapter: Path, base: str, family: str, dtype: str) -> str:
     r"""A model card: what was merged, how it was trained (from the run's own card), and how to evaluate it elsewhere."""
-    trained = adapter / "README.md"
+    trained, name = adapter / "README.md", Path(base).name if Path(base).is_dir() else base  # no path of this machine
     told = trained.read_text(encoding="utf-8").partition("\n# ")[2].partition("\n")[2].strip() if trained.is_file() else ""
     return f"""---
-base_model: {base}
+base_model: {name}
 library_name: transformers
 pipeline_tag: video-text-to-text
 ---
 
 # {Path(base).name}, trained by Reg-GRPO and merged
 
-A LoRA adapter merged into {base} in {dtype}, by `python -m dvr1_lite merge`.
+A LoRA adapter merged into {name} in {dtype}, by `python -m dvr1_lite merge`.
 
 {told or 'How the adapter was trained is not recorded beside it.'}
 

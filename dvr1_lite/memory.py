@@ -398,11 +398,11 @@ SAME_NUMBERS = {"eval_batch": 1, "micro_batch": 1, "feature_cache_mb": 32}
 OTHER_NUMBERS = {"prompts_per_step": 1, "max_new_tokens": 0.25, "num_frames": 0.25, "lora_rank": 0.25}
 
 
-def remedies(config: TrainConfig) -> list[dict[str, object]]:
-    r"""Changes that save memory, those first that leave the numbers as they are, and then those that change least."""
-    first = [{"gradient_checkpointing": True}, *_halves(config, SAME_NUMBERS)]
-    cheap = [{"optimizer": "paged-adamw-8bit"}, {"quantization": "nf4"}]
-    return [*first, *cheap, *_halves(config, OTHER_NUMBERS)]
+def remedies(config: TrainConfig) -> list[list[dict[str, object]]]:
+    r"""Changes that save memory in three groups: what leaves the numbers as they are, what changes them a little, and
+    what changes the experiment."""
+    return [[{"gradient_checkpointing": True}, *_halves(config, SAME_NUMBERS)],
+            [{"optimizer": "paged-adamw-8bit"}, {"quantization": "nf4"}], _halves(config, OTHER_NUMBERS)]
 
 
 def _halves(config: TrainConfig, least: Mapping[str, float]) -> list[dict[str, object]]:
@@ -424,11 +424,14 @@ def advise(config: TrainConfig, gb: float, architecture: Architecture | None = N
     m = architecture or architecture_of(config.model)
     need = lambda changes: predict(replace(config, **changes), m, **options).needed
     changes: dict[str, object] = {}
-    for change in remedies(config):
-        if need(changes) <= gb * GB:
-            break
-        if need(changes | change) < need(changes):
-            changes |= change
+    groups = remedies(config)
+    for group in groups + groups:  # once a later group has spoken, an earlier one may help again
+        before = None
+        while changes != before and need(changes) > gb * GB:  # one phase after another is the largest
+            before = dict(changes)
+            for change in group:
+                if need(changes) > gb * GB and need(changes | change) < need(changes):
+                    changes |= change
     if need(changes) > gb * GB:
         raise ConfigError(f"{config.model} needs {need(changes) / GB:.1f} GB even with {_told(changes)}; there are "
                           f"{gb:.1f} GB: choose a smaller model or a larger card")
