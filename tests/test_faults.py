@@ -100,7 +100,18 @@ def test_the_table_names_tests_that_exist():
         file, _, name = test.rpartition("::")
         named.add(name)
         assert fault and happens and f"def {name}(" in (HERE / (file or Path(__file__).name)).read_text(), test
-    assert here - named == {"test_the_table_names_tests_that_exist"}
+    assert here - named == {"test_the_table_names_tests_that_exist", "test_the_readme_names_tests_that_exist"}
+
+
+def test_the_readme_names_tests_that_exist():
+    page = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    promises = page[page.index("## What is promised"):page.index("## Tests")]
+    file, checked = "", 0
+    for name in re.findall(r"`((?:test_\w+\.py::)?test_\w+)`", promises):
+        file = name.rpartition("::")[0] or file  # a name alone is in the file named last
+        assert f"def {name.rpartition('::')[2]}(" in (HERE / file).read_text(encoding="utf-8"), name
+        checked += 1
+    assert checked > 15
 
 
 # --- killed ----------------------------------------------------------------------------------------------------------

@@ -701,9 +701,11 @@ def test_random_groups_give_a_finite_loss_and_gradient():
     @hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
     @hypothesis.given(
         seed=st.integers(0, 2**31),
-        shape=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 6)),
+        shape=st.tuples(st.integers(1, 3), st.integers(1, 5), st.sampled_from([1, 2, 3, 5, 28, 1024])),
         step=st.sampled_from([0.0, 1e-6, 0.1, 10.0, 300.0]),
-        scale=st.sampled_from([0.0, 1e-6, 1.0, 1e6]),
+        scale=st.sampled_from([0.0, 1e-6, 1.0, 1e6, -1e6]),
+        identical=st.booleans(),  # all completions of a group
+        filled=st.sampled_from([0.7, 1.0, 0.0]),  # share of the tokens: some, up to the longest length, none
         dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
         settings=st.fixed_dictionaries(
             {
@@ -718,15 +720,16 @@ def test_random_groups_give_a_finite_loss_and_gradient():
             }
         ),
     )
-    def check(seed, shape, step, scale, dtype, settings):
+    def check(seed, shape, step, scale, identical, filled, dtype, settings):
         generator = torch.Generator().manual_seed(seed)
-        old = -torch.rand(shape, generator=generator) * 10
-        logp = (old + step * torch.randn(shape, generator=generator)).to(dtype)
+        same = (lambda x: x[:, :1].expand(shape).clone()) if identical else (lambda x: x)
+        old = same(-torch.rand(shape, generator=generator) * 10)
+        logp = same(old + step * torch.randn(shape, generator=generator)).to(dtype)
         batch = SimpleNamespace(
             logp=logp,
             old=old.to(dtype),
             ref=(old - 1).to(dtype),
-            mask=torch.rand(shape, generator=generator) < 0.7,
+            mask=same(torch.rand(shape, generator=generator) < filled),
             rewards=scale * torch.randint(0, 3, shape[:2], generator=generator),
         )
         for method in METHODS:
