@@ -19,7 +19,8 @@ def writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     except NOT_WRITTEN as error:
-        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); free space, mend the folder, or give "
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written ({reason}); free space, mend the folder, or give "
                         f"another one; what was written before is kept and can be resumed") from error
 
 

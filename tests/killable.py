@@ -6,11 +6,13 @@ that has imported everything once and computes with one thread, so that one cost
 
 import contextlib
 import io
+import json
 import multiprocessing
 import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,12 +61,12 @@ def arm(moment: Moment, strike: Callable, patch: pytest.MonkeyPatch) -> None:
 
 
 def die(original: Callable, *arguments, **options) -> None:
-    r"""Half of what the call would append to a file gets there; then the process is gone."""
+    r"""Three quarters of what the call would append to a file get there; then the process is gone."""
     if original is files.append_lines:
         path, rows = arguments
-        text = "".join(map(repr, rows))
+        text = "".join(json.dumps(row) + "\n" for row in rows)
         with open(path, "a", encoding="utf-8") as file:
-            file.write(text[:len(text) // 2])
+            file.write(text[:3 * len(text) // 4])
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -97,6 +99,14 @@ def command_child(*words: str) -> int:
 def worker_child(spec: Path) -> int:
     r"""Makes one run of an experiment."""
     return experiments.perform(spec)
+
+
+def orphan_child(parent: int | None) -> str:
+    r"""Is a worker whose parent has the number `parent`, or is alive; looks for it as workers do."""
+    os.environ[experiments.PARENT] = str(parent or os.getppid())
+    experiments._end_with_parent()
+    time.sleep(1.5)
+    return "still here"
 
 
 def reproduce_child(out: Path, changes: dict) -> list[str]:

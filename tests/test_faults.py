@@ -8,6 +8,7 @@ r"""Runs that are killed, interrupted, starved of disk or memory, or fed a decod
 | `evaluate` killed | the same command goes on to the same answers | test_a_killed_evaluation_goes_on |
 | a worker of `reproduce` killed | named; others end; the same answers | test_a_killed_worker_is_named_and_goes_on |
 | `reproduce` killed, workers too | the same answers | test_reproduce_killed_at_random_times |
+| a worker's parent killed | the worker ends, so that no two share a folder | test_a_worker_whose_parent_is_gone_ends |
 | newest checkpoint broken | one older | test_training.py::test_a_damaged_checkpoint_gives_way_to_the_one_before |
 | Ctrl-C in a terminal | the step ends and is saved, one line, status 130 | test_ctrl_c_in_a_terminal |
 | an interrupt in the middle of a step | the newest checkpoint counts, one line | test_an_interrupt_in_the_middle |
@@ -44,6 +45,7 @@ from killable import (
     arm,
     command_child,
     needs_fork,
+    orphan_child,
     reproduce_child,
     result_of,
     start,
@@ -164,9 +166,10 @@ def test_a_killed_evaluation_goes_on(world, tmp_path):
     words = ["evaluate", "--config", str(tmp_path / "small.yaml"), "--data", str(world / "records.jsonl"),
              "--batch", "2", "--out"]
     assert start(command_child, *words, str(tmp_path / "whole")).answer() == 0
-    assert start(command_child, *words, str(tmp_path / "a"), moment=("writing answers", 2)).answer() == KILLED
+    for moment in [("renaming a file or folder", 1), ("writing answers", 2)]:
+        assert start(command_child, *words, str(tmp_path / "a"), moment=moment).answer() == KILLED
     torn = (tmp_path / "a" / "predictions.jsonl").read_text()
-    assert torn.count("\n") == 2 and not torn.endswith("\n") and not (tmp_path / "a" / "summary.json").exists()
+    assert torn.count("\n") == 3 and not torn.endswith("\n") and not (tmp_path / "a" / "summary.json").exists()
     assert start(command_child, *words, str(tmp_path / "a")).answer() == 0
     whole, again = ((tmp_path / name / "predictions.jsonl").read_bytes() for name in ("whole", "a"))
     assert again == whole and whole.count(b"\n") == 6
@@ -184,13 +187,15 @@ def answers_of(shelf: Path) -> dict:
 def test_a_killed_worker_is_named_and_goes_on(world, tmp_path, monkeypatch):
     run = tiny_run(world)
     prints, shelves = experiments.fingerprints(run.config), [tmp_path / "whole", tmp_path / "killed"]
-    for shelf, moments in zip(shelves, ([None], [("sampling", 2), ("writing answers", 1), None])):
+    never = ("sampling", 1)  # once the steps are done and saved, nothing is sampled for them again
+    for shelf, moments in zip(shelves, ([None], [("sampling", 2), ("writing answers", 1), never])):
         base = experiments.base_job(run, prints, shelf, "command")
         job = experiments.run_job(run, prints, shelf, "command", base)
         for one, moment in [(base, None), *((job, moment) for moment in moments)]:
             one.folder.mkdir(parents=True, exist_ok=True)
             (one.folder / "spec.json").write_text(json.dumps(one.spec))
-            assert start(worker_child, one.folder / "spec.json", moment=moment).answer() == (KILLED if moment else 0)
+            ended = start(worker_child, one.folder / "spec.json", moment=moment).answer()
+            assert ended == (0 if moment in (None, never) else KILLED), moment
     assert answers_of(shelves[0]) == answers_of(shelves[1]) and len(answers_of(shelves[0])) == 1
 
     program = FAKE_WORKER.replace('sys.exit("error: out of luck")', "import os; os.kill(os.getpid(), 9)")
@@ -200,6 +205,13 @@ def test_a_killed_worker_is_named_and_goes_on(world, tmp_path, monkeypatch):
     assert experiments.make_runs(runs, tmp_path / "table", 2, "command", told.append) == ["table4: GRPO + DA, seed 0"]
     assert "killed by signal 9 (SIGKILL): the same command goes on" in told[-1]
     assert len(experiments.read_runs(tmp_path / "table")) == 3  # the others
+
+
+@needs_fork
+def test_a_worker_whose_parent_is_gone_ends(world):
+    gone = start(command_child, "--help")
+    assert gone.answer() == 0
+    assert start(orphan_child, gone.pid).answer() == 1 and start(orphan_child, None).answer() == "still here"
 
 
 @needs_fork
