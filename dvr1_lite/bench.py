@@ -446,7 +446,8 @@ def build_trl(kind: Kind, setting: Setting, clip: Clip, prompt_tokens: int, fold
         from peft import LoraConfig
         from transformers import PrinterCallback, TrainerCallback
     except (ImportError, RuntimeError) as error:
-        raise ModelError(f"not measured: TRL cannot be imported ({_first_line(error)})") from error
+        raise ModelError(f"not measured: TRL cannot be imported ({_first_line(error)}): pip install 'trl>=1.16,<2'"
+                         ) from error
 
     class Steps(TrainerCallback):
         def on_step_begin(self, *_, **__):
@@ -610,7 +611,7 @@ def measure(kind: Kind, plan: Plan, result: dict, save: Callable[[dict], None], 
     """
     settings = plan.settings()
     work = [s.group_size * (s.visual_tokens + s.completion_tokens) * (s.inner_updates + 1) for s in settings]
-    shown = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} so far, {remaining} left"
+    shown = "{desc}{percentage:3.0f}% |{bar}| {elapsed} so far, {remaining} left"
     with tqdm(total=sum(work), bar_format=shown, disable=None if progress else True) as bar:
         policy, model = build_policy(kind), repeated_model(kind) if "repeated" in plan.ways else None
         for setting, cost in zip(settings, work):
