@@ -50,6 +50,8 @@ def train_command(arguments: Sequence[str]) -> int:
     summary = train(config, resume=resume is not None)
     if not summary["complete"]:
         return INTERRUPTED
+    if os.environ.get("RANK", "0") != "0":  # one of several processes; the first one tells
+        return 0
     print(changes_table(summary))
     print(f"{summary['rollouts']} rollouts, {summary['updates']} updates, "
           f"{sum(summary['seconds'].get(k, 0) for k in ('total', 'evaluation_before', 'evaluation_after')):.0f} s, "

@@ -9,6 +9,7 @@ its newest checkpoint with the same numbers as if it had never stopped.
 """
 
 import contextlib
+import datetime
 import importlib.metadata
 import importlib.util
 import json
@@ -67,6 +68,7 @@ log = logging.getLogger(__name__)
 
 LEAST_TRIES = 100  # a share of broken clips is judged against at least this many records tried
 NAMED_SKIPS = 20  # broken clips that the summary names
+PATIENCE = datetime.timedelta(hours=24)  # of several processes, the others wait while the first one evaluates
 VERSIONS = ("dvr1-lite", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "numpy", "decord", "av")
 AVERAGED = ("objective", "loss", "grad_norm")  # means over the inner updates; other stats are the last update's
 
@@ -89,7 +91,7 @@ def train(config: TrainConfig, progress: bool = True, resume: bool = False) -> d
         print(f"The run in {out} is complete, all {done['step']} steps; nothing was done. For a longer one, start anew "
               f"with more --steps and another --out.")
         return done
-    trainer = Trainer(config, out, load_newest(out) if resume else None)
+    trainer = _trainer()(config, out, load_newest(out) if resume else None)
     try:
         trainer.begin()
         trainer.evaluate("before", progress)
@@ -102,6 +104,8 @@ def train(config: TrainConfig, progress: bool = True, resume: bool = False) -> d
     finally:
         trainer.close()
     summary = trainer.summary(complete=not stopped)
+    if not trainer.main:
+        return summary
     if config.figures and not stopped:  # before the summary: what it calls complete has its figures
         draw_figures(config, out, summary)
     write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -111,6 +115,12 @@ def train(config: TrainConfig, progress: bool = True, resume: bool = False) -> d
         print(f"Stopped {when}. To go on: python -m dvr1_lite train --resume {out}, or in Python "
               f"train(config, resume=True)")
     return summary
+
+
+def _trainer() -> type["Trainer"]:
+    from . import parallel  # which builds on this module
+
+    return parallel.TeamTrainer if parallel.processes() > 1 else Trainer
 
 
 # --- the run's folder ------------------------------------------------------------------------------------------------
@@ -244,6 +254,7 @@ class Trainer:
         self.objective, self.augmentation = config.objective(), config.augmentation()
         self.history, self.generator = config.history(), torch.Generator().manual_seed(config.seed)
         self.order = Order(len(self.records), config.seed)
+        self.share, self.stride, self.main = config.prompts_per_step, 1, True  # one process; see parallel.py
         self.step = self.saved_step = self.position = self.rollouts = self.updates = self.skipped = 0
         self.skips: list[str] = []
         self.spent: dict[str, float] = defaultdict(float)
@@ -258,10 +269,9 @@ class Trainer:
         config = self.config
         disabled = {} if progress else {"disable": True}
         with stop_request() as stop, tqdm(total=config.steps, initial=self.step, desc=config.method, **disabled) as bar:
-            while not (self.finished or stop.is_set()):
+            while not (self.finished or self._agreed(stop.is_set())):
                 line = self._guarded_step()
-                append_lines(self.out / "metrics.jsonl", [line])
-                self.accelerator.log(_flat(line), step=self.step)
+                self._record(line)
                 bar.update()
                 bar.set_postfix(reward=f"{line['reward']:.2f}", vanishing=f"{line['vanishing']:.2f}")
                 if self.step % config.save_every == 0:
@@ -270,6 +280,13 @@ class Trainer:
                 self.save()
             self._export_adapter(self.policy.save_adapter)
             return stop.is_set() and not self.finished
+
+    def _record(self, line: dict) -> None:
+        append_lines(self.out / "metrics.jsonl", [line])
+        self.accelerator.log(_flat(line), step=self.step)
+
+    def _agreed(self, stop: bool) -> bool:
+        return stop
 
     @property
     def finished(self) -> bool:
@@ -307,19 +324,21 @@ class Trainer:
         sampled = self._sample_batch()
         difficulties = [self.history.difficulty(mean) for mean in sampled.means()]
         reference_reward = self.history.mean if len(self.history) else None
-        for mean in sampled.means():
+        everyone = self._whole(sampled)
+        for mean in everyone.means():
             self.history.push(mean)
         trained, counts = self._augment(sampled, difficulties)
         stats = self._update(trained)
+        after = self._whole(trained)
         self.step += 1
         self.seconds["total"] = time.perf_counter() - started
         for phase, seconds in self.seconds.items():
             self.spent[phase] += seconds
         return {
-            "step": self.step, **reward_figures(sampled), "history_mean": reference_reward,
-            **{f"vanishing{name}": value for name, value in _vanishing(sampled)},
-            **{f"vanishing_after{name}": value for name, value in _vanishing(trained)},
-            "reward_after": mean_of(trained.means()), **stats, **counts, "rollouts": self.rollouts,
+            "step": self.step, **reward_figures(everyone), "history_mean": reference_reward,
+            **{f"vanishing{name}": value for name, value in _vanishing(everyone)},
+            **{f"vanishing_after{name}": value for name, value in _vanishing(after)},
+            "reward_after": mean_of(after.means()), **stats, **counts, "rollouts": self.rollouts,
             "updates": self.updates, "records_tried": self.position, "skipped_clips": self.skipped,
             "seconds": {phase: round(seconds, 4) for phase, seconds in self.seconds.items()},
             "machine": {"feature_cache_bytes": self.policy.features.nbytes, "memory_gb": round(peak_memory_gb(), 3)},
@@ -331,9 +350,13 @@ class Trainer:
         yield
         self.seconds[phase] += time.perf_counter() - started
 
+    def _whole(self, groups: Groups) -> Groups:
+        r"""The groups with the scores of those in all processes."""
+        return groups
+
     def _sample_batch(self) -> Groups:
         with self._timed("encode"):
-            shown = [self._next_record() for _ in range(self.config.prompts_per_step)]
+            shown = [self._next_record() for _ in range(self.share)]
             prompts = [self._prompt(record, features) for record, features in shown]
         return self._sample([record for record, _ in shown], prompts, self.config.group_size, "sample")
 
@@ -344,7 +367,7 @@ class Trainer:
         r"""The next record whose clip can be read, with its features. A broken one is skipped with its question."""
         while True:
             record = self.records[self.order[self.position]]
-            self.position += 1
+            self.position += self.stride
             try:
                 return record, see(self.policy, record, self.view)
             except ClipError as error:
@@ -459,7 +482,7 @@ class Trainer:
         def objective(logp: torch.Tensor):
             before = logp.detach() if old is None else old
             check_finite(logp, before, reference, mask, rewards, names)
-            return get_objective(config.method)(logp, before, reference, mask, rewards, self.objective)
+            return self._objective(logp, before, reference, mask, rewards)
 
         with self._timed("update"):
             self._set_learning_rate()
@@ -472,12 +495,19 @@ class Trainer:
         return last | means | {"completion_tokens": float(mask.sum()) / rewards.numel(),
                                       "unfinished": groups.unfinished.float().mean().item()}
 
+    def _objective(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        return get_objective(self.config.method)(*tensors, self.objective)
+
+    def _share_gradients(self) -> None:
+        r"""Where several processes add up their gradients."""
+
     def _inner_update(self, groups: Groups, objective, names: list[str]) -> tuple[dict[str, float], torch.Tensor]:
         self.optimizer.zero_grad()
         try:
             _, stats, logp = self.policy.backward(groups.prompts, groups.completions, objective,
                                                   micro_batch=self.config.micro_batch,
                                                   temperature=self.config.temperature)
+            self._share_gradients()
             norm = float(self.accelerator.clip_grad_norm_(self.policy.trainable(), self.config.max_grad_norm))
             if not math.isfinite(norm):
                 raise NumericsError(f"the gradient's norm is {norm}: lower the learning rate")
@@ -703,13 +733,14 @@ def limited(records: list[Record], limit: int) -> list[Record]:
 
 
 def _make_accelerator(config: TrainConfig, out: Path):
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     if config.tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise ModelError("tracker: tensorboard needs the package tensorboard: pip install tensorboard, or use "
                          "tracker: none")
     try:
         accelerator = Accelerator(cpu=torch.device(config.device).type == "cpu", project_dir=str(out),
+                                  kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
                                   log_with=None if config.tracker == "none" else config.tracker)
     except ValueError as error:  # accelerate keeps one device for the life of a process
         raise ConfigError(f"device is {config.device}, but this process has trained on another one: restart "

@@ -1,0 +1,44 @@
+r"""One process of a run: python parallel_worker.py CONFIG.yaml [resume]. Completions depend on the prompt alone."""
+
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+from small_run import coin_score  # noqa: E402
+
+from dvr1_lite import training  # noqa: E402
+from dvr1_lite.config import load_config  # noqa: E402
+from dvr1_lite.errors import UserError  # noqa: E402
+from dvr1_lite.policy import Completions  # noqa: E402
+
+sample = training.sample_groups
+
+
+def by_prompt(policy, prompts, size, limit, *, generator, **options):
+    r"""Each group from a generator of its own prompt, so that it does not matter which process samples it."""
+    made = [sample(policy, [prompt], size, limit, generator=torch.Generator().manual_seed(zlib.crc32(prompt.text.encode())),
+                   **options) for prompt in prompts]
+    width = max(one.completions.ids.shape[-1] for one in made)
+    pad = lambda x: torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+    completions = Completions(torch.cat([pad(one.completions.ids) for one in made]),
+                              torch.cat([pad(one.completions.mask) for one in made]))
+    return replace(made[0], completions=completions, texts=[text for one in made for text in one.texts],
+                   finished=torch.cat([one.finished for one in made]))
+
+
+def patch(module) -> None:
+    module.sample_groups, module.score = by_prompt, coin_score
+    module.best_trace = lambda scored: next((text for text, s in scored if s.right and text), None)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    patch(training)
+    try:
+        training.train(load_config(sys.argv[1]), progress=False, resume="resume" in sys.argv)
+    except UserError as error:
+        sys.exit(f"error: {error}")

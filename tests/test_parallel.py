@@ -1,0 +1,116 @@
+r"""Two processes on a CPU (gloo): the same run as one process with all the prompts, written once, resumed by any number."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_run import small_config, write_world
+
+from dvr1_lite import parallel
+from dvr1_lite.config import to_yaml
+from dvr1_lite.errors import ConfigError
+
+WORKER = Path(__file__).with_name("parallel_worker.py")
+
+
+def launch(config, folder, count, *words) -> None:
+    r"""Runs `count` processes with the environment that `accelerate launch` gives them; all must succeed."""
+    file = folder / f"{Path(config.out).name}.yaml"
+    file.write_text(to_yaml(config))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if count > 1:
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
+                   "ACCELERATE_USE_CPU": "true"}
+    children = [subprocess.Popen([sys.executable, str(WORKER), str(file), *words], text=True, stderr=subprocess.PIPE,
+                                 stdout=subprocess.PIPE, env=shared | ({"RANK": str(i), "LOCAL_RANK": str(i)} if count > 1
+                                                                       else {}))
+                for i in range(count)]
+    told = [child.communicate(timeout=240)[1] for child in children]
+    assert [child.returncode for child in children] == [0] * count, "\n".join(told)[-4000:]
+
+
+def lines(config) -> list[dict]:
+    return [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def close(one, other) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other):
+        for name in a.keys() - {"seconds", "machine"}:
+            same = b[name] is None if a[name] is None else b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-6)
+            assert same, (a["step"], name, a[name], b[name])
+
+
+def adapter(config) -> torch.Tensor:
+    weights = load_file(Path(config.out) / "adapter" / "adapter_model.safetensors")
+    return torch.cat([weights[name].flatten() for name in sorted(weights)])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"), clips=4)
+
+
+def config_for(world, out, **changes):
+    return small_config(world, out, **({"prompts_per_step": 4, "quantization": "none", "steps": 3, "history_window": 8,
+                                        "hint_traces": 3} | changes))
+
+
+@pytest.fixture(scope="module")
+def alone(world):
+    r"""The run of one process."""
+    config = config_for(world, world / "one")
+    launch(config, world, 1)
+    assert len(lines(config)) == 3
+    return config
+
+
+def test_two_processes_make_the_run_of_one(world, alone):
+    config = config_for(world, world / "two")
+    launch(config, world, 2)
+    close(lines(alone), lines(config))
+    assert any(line["augmented"] for line in lines(config)) and lines(config)[-1]["grad_norm"] > 0
+    torch.testing.assert_close(adapter(config), adapter(alone), rtol=1e-3, atol=1e-5)
+    one, two = (json.loads((Path(c.out) / "summary.json").read_text()) for c in (alone, config))
+    for name in ("before", "after", "change", "rollouts", "updates", "step", "complete"):
+        assert one[name] == two[name], name
+    assert (Path(config.out) / "evaluation" / "after_L1.jsonl").read_text().count("\n") == two["after"]["L1"]["n"]
+    assert len(list((Path(config.out) / "checkpoints").iterdir())) == config.keep_checkpoints
+
+
+def test_a_run_of_two_is_resumed_by_one(world, alone):
+    config = config_for(world, world / "resumed")
+    half = config_for(world, world / "resumed", steps=2, eval_files={})
+    launch(half, world, 2)
+    folder = Path(config.out)
+    (folder / "config.yaml").write_text(to_yaml(config))  # as if it had been stopped after its second step
+    (folder / "summary.json").unlink()
+    launch(config, world, 1, "resume")
+    close(lines(alone), lines(config))
+    torch.testing.assert_close(adapter(config), adapter(alone), rtol=1e-3, atol=1e-5)
+
+
+def test_groups_that_cannot_be_shared(world, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="prompts_per_step is 4 and there are 3 processes"):
+        parallel.TeamTrainer(config_for(world, world / "never"), world / "never")
+
+
+def test_divided_weights_are_refused(world, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="FSDP, and weights are not divided here.*--multi_gpu --num_processes 2"):
+        parallel.TeamTrainer(config_for(world, world / "never"), world / "never")
+
+
+def test_interleaving_is_the_order_of_the_records():
+    assert parallel.interleave([["a", "c"], ["b", "d"]]) == ["a", "b", "c", "d"]
