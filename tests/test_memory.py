@@ -193,6 +193,19 @@ def test_a_config_fits_its_card(name, card):
     assert card_gb(card) < card
 
 
+def test_the_table_of_the_readme_is_what_is_predicted():
+    readme = (CONFIGS.parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"(?m)^\| (Qwen2[^|]*) \| ([\d.]+ \| [\d.]+ \| [\d.]+) \|$", readme))
+    names = {"Qwen2-VL-2B": ["seed_bench_r1_qwen2_vl_2b"], "Qwen2.5-VL-3B": ["seed_bench_r1_qwen2_5_vl_3b"],
+             "Qwen2-VL-7B, Qwen2.5-VL-7B": ["seed_bench_r1_qwen2_vl_7b", "seed_bench_r1_qwen2_5_vl_7b"]}
+    assert rows.keys() == names.keys()
+    for label, shipped in names.items():
+        for name in shipped:
+            values = read_yaml(name)
+            needed = [predict(make_config(values | card_settings(card, values["model"]))).needed / GB for card in CARDS]
+            assert rows[label] == " | ".join(f"{value:.1f}" for value in needed), name
+
+
 def test_models_and_data_sets_that_are_shipped():
     models = {name: load_config(name).model for name in FULL}
     assert {models[name] for name in FULL if name.startswith("seed_bench_r1")} == set(memory.known_models())
