@@ -54,7 +54,7 @@ class TrainConfig:
                          ("float32", "bfloat16", "float16", "float64"))
     device: str = setting("cpu", "Where to run: cpu, cuda, or cuda:N.", "name", "A100 (3B), H200 (7B)")
     attention: str = setting("sdpa", "Implementation of attention.", "name", NOT_GIVEN,
-                             ("sdpa", "eager"))
+                             ("sdpa", "eager", "flash"))
     after_video: str = setting("grid", "Position of the text after a video: as transformers 5.3 and later have it "
                                "(grid), or as Qwen's own code has it (max).", "name", NOT_GIVEN, ("grid", "max"))
     gradient_checkpointing: bool = setting(False, "Recompute layers in the backward pass: less memory, more time, the "

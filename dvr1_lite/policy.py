@@ -219,13 +219,26 @@ def _eager(module, query, key, value, mask, *, scaling: float, **_):
     return (scores.softmax(dim=-1) @ value).transpose(1, 2), None
 
 
+def _flash(module, query, key, value, mask, *, scaling: float, **options):
+    r"""Without a padding mask, L queries that end where the keys end: torch's flash kernel where the device and the
+    number type have one (a GPU; bfloat16 or float16), with neither a mask nor repeated keys in memory. Else as "sdpa"."""
+    from torch.nn.attention.bias import causal_lower_right
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if mask is not None or query.shape[2] == 1:
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
+    out = F.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+                                         attn_mask=causal_lower_right(query.shape[2], key.shape[2]))
+    return out.transpose(1, 2).contiguous(), None
+
+
 def _register_attention(name: str) -> str:
     r"""Makes transformers' layers call attention `name` on unpacked completions; returns the name to configure."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    inner = {"sdpa": sdpa_attention_forward, "eager": _eager}[name]
+    inner = {"sdpa": sdpa_attention_forward, "eager": _eager, "flash": _flash}[name]
 
     def attend(module, query, key, value, mask, packing: Packing | None = None, **kwargs):
         if packing is None:
@@ -356,8 +369,8 @@ class Policy:
 
         quantization: "none" or "nf4" (double quantisation; language-model linear layers only). lora: new adapters, or
         None for a frozen model; adapter: a folder in peft's format instead, trainable again. dtype: of the frozen
-        weights and the computation; adapters are at least float32. attention: "sdpa" (torch's fused kernels) or
-        "eager" (written out). gradient_checkpointing: recompute each layer in the backward pass (exact, slower, less
+        weights and the computation; adapters are at least float32. attention: "sdpa" (torch's fused kernels),
+        "flash" (its flash kernel wherever no prompt is padded) or "eager" (written out). gradient_checkpointing: recompute each layer in the backward pass (exact, slower, less
         memory). max_feature_bytes: see `FeatureCache`; merge_bytes: see `merged`; after_video: see `rope_positions`.
         Raises ModelError naming what cannot be loaded and the remedy.
         """
@@ -606,8 +619,11 @@ class Policy:
                           self._completion_mask(prefix, copies, packing.length), caches, packing)
         return hidden[0]
 
-    def _completion_mask(self, prefix: Prefix, copies: list[int], length: int) -> torch.Tensor:
-        r"""What each completion token may see (N, 1, L, P + L): the real prompt tokens, the completion up to itself."""
+    def _completion_mask(self, prefix: Prefix, copies: list[int], length: int) -> torch.Tensor | None:
+        r"""What each completion token may see (N, 1, L, P + L): the real prompt tokens, the completion up to itself.
+        None where that is all that stands before it and the attention knows it by itself."""
+        if not prefix.padded and self.language.config._attn_implementation == "shared_prefix_flash":
+            return None
         causal = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
         real = prefix.real[:, None, :].expand(-1, length, -1)
         mask = torch.cat([real, causal.expand(len(real), -1, -1)], dim=-1)
@@ -719,7 +735,7 @@ def _check_finite(logp: torch.Tensor, prompts: list[Prompt]) -> None:
 
 def _check_options(quantization: str, dtype: str, device: str, attention: str, after_video: str) -> None:
     choices = {"quantization": (quantization, ("none", "nf4")), "dtype": (dtype, tuple(DTYPES)),
-               "attention": (attention, ("sdpa", "eager")),
+               "attention": (attention, ("sdpa", "eager", "flash")),
                "after_video": (after_video, ("grid", "max"))}
     for name, (value, allowed) in choices.items():
         if value not in allowed:

@@ -306,6 +306,23 @@ def test_eager_attention_is_the_same(folder, policy):
                                atol=1e-9)
 
 
+@pytest.mark.parametrize("groups", (1, 3))
+def test_flash_attention_is_the_same(folder, policy, groups, monkeypatch):
+    prompts, completions = make_prompts(policy)[:groups], make_completions(policy, groups)
+    flash = Policy.load(folder, lora=LORA, dtype="float64", attention="flash")
+    add_noise_to_lora(flash.model)
+    masks, real = [], flash._completion_mask
+    monkeypatch.setattr(flash, "_completion_mask", lambda *given: masks.append(real(*given)) or masks[-1])
+    ours = backward(flash, prompts, completions, group_objective)[2]
+    assert (masks[0] is None) == (groups == 1)  # prompts of different lengths are padded, and need one
+    expected = backward(policy, prompts, completions, group_objective)[2]
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9)
+    assert relative(gradient(flash), gradient(policy)) < 1e-7
+    sampled = [sample_groups(one, prompts, 3, 5, generator=torch.Generator().manual_seed(0)).completions.ids
+               for one in (flash, policy)]
+    assert torch.equal(*sampled)
+
+
 def test_packing_keeps_order_and_zeros():
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]], dtype=torch.bool)
     packing = Packing(mask.flatten().nonzero().squeeze(-1), 3, 3)
@@ -664,7 +681,7 @@ def test_missing_bitsandbytes_names_the_way_without(qwen25, monkeypatch):
     ({"quantization": "nf4", "dtype": "float64"}, ModelError, "float64"),
     ({"quantization": "int3"}, ConfigError, "none, nf4"),
     ({"dtype": "float8"}, ConfigError, "float32"),
-    ({"attention": "flash"}, ConfigError, "sdpa"),
+    ({"attention": "fast"}, ConfigError, "sdpa, eager, flash"),
     ({"device": "cuda:7"}, ModelError, "GPU"),
     ({"lora": LoraSettings(rank=0)}, ConfigError, "rank"),
 ))
