@@ -253,12 +253,13 @@ class Sizes:
 
     def attended(self, rows: int, queries: int, keys: int, *, masked: bool, packed: bool) -> int:
         r"""What one layer's attention keeps: queries and output; where there is a mask, the mask in the computation's
-        numbers and keys and values repeated for every query head (else they are the cache's own); and, where padding
-        was packed away, queries, keys and values once more as they were packed."""
+        numbers and keys and values repeated for every query head (else those of the prompt are the cache's own); and,
+        where padding was packed away, queries, keys and values once more as they were packed."""
         q, k = self.architecture.query_width, self.architecture.key_width
         own_output = packed or self.a > self.s  # else it is the input of o's A, which is counted already
         token = q * (1 + own_output) + packed * (q + 2 * k)
-        return self.s * rows * (queries * token + masked * keys * (2 * q + queries))
+        key = 2 * q + queries if masked else 2 * k * packed
+        return self.s * rows * (queries * token + keys * key)
 
     def graph(self, tokens: int, attended: int, checkpointing: bool) -> tuple[int, int]:
         r"""(kept over all layers, one layer more while it is recomputed) for a forward with gradients."""
@@ -302,8 +303,8 @@ def sampling_phase(sizes: Sizes, prompts: int, samples: int, greedy: bool, dense
             "working values": max(prefill - cache - logits, decoding - cache - logits), "dense weights": dense}
 
 
-def update_phase(sizes: Sizes, prompts: int, group: int, micro_batch: int | None, checkpointing: bool,
-                 dense: int) -> dict[str, int]:
+def update_phase(sizes: Sizes, prompts: int, group: int, micro_batch: int | None, checkpointing: bool, dense: int,
+                 flash: bool = False) -> dict[str, int]:
     r"""Forward and backward of one inner update: the prompts' graph, that of one micro-batch of completions, logits."""
     m, rows = sizes.architecture, min(micro_batch or prompts * group, prompts * group)
     read = max(sizes.completion - 1, 1)  # the last token is predicted and never read
@@ -311,7 +312,7 @@ def update_phase(sizes: Sizes, prompts: int, group: int, micro_batch: int | None
     seen = sizes.attended(prompts, sizes.prompt, sizes.prompt, masked=prompts > 1, packed=False)
     prompt, prompt_layer = sizes.graph(tokens, seen, checkpointing)
     cache = tokens * sizes.cache_per_token
-    seen = sizes.attended(rows, read, keys, masked=True, packed=True)
+    seen = sizes.attended(rows, read, keys, masked=not flash or prompts > 1, packed=True)
     completion, completion_layer = sizes.graph(rows * read, seen, checkpointing)
     chunk = min(rows * read, max(1, LOGIT_CHUNK // m.vocabulary))
     logits = (chunk * LOGIT_BYTES + 4 * (prompts + rows)) * m.vocabulary
@@ -369,7 +370,7 @@ def predict(config: TrainConfig, architecture: Architecture | None = None, *, im
         "encode": encode_phase(config, m),
         "sample": sampling_phase(sizes, config.prompts_per_step, config.group_size, False, merged),
         "update": update_phase(sizes, config.prompts_per_step, config.group_size, config.micro_batch,
-                               config.gradient_checkpointing, dense),
+                               config.gradient_checkpointing, dense, config.attention == "flash"),
     }
     if batch:
         phases["evaluate"] = sampling_phase(sizes, batch, config.eval_samples, config.eval_temperature == 0, merged)
