@@ -15,6 +15,8 @@ resumed with another number of them; sampling draws from a stream of its own for
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import random
 from collections.abc import Sequence
@@ -27,7 +29,8 @@ import torch.nn.functional as F
 
 from .checkpoints import Checkpoint
 from .config import TrainConfig
-from .errors import ConfigError, UserError
+from .errors import ClipError, ConfigError, UserError
+from .files import read_lines, write_atomically
 from .objectives import get_objective
 from .training import Groups, Trainer, mean_of
 
@@ -87,7 +90,21 @@ class TeamTrainer(Trainer):
         self.saved_step = self.step
 
     def evaluate(self, when: str, progress: bool) -> None:
+        r"""Every process answers its share of the questions; the first one puts the answers together and counts them."""
+        for name, records in self.evaluations.items():
+            whole = self.out / "evaluation" / f"{when}_{name}.jsonl"
+            if not gather(whole.exists())[0]:
+                shares = gather(self._share_of_answers(when, records, whole, progress and self.main))
+                rows = [row | {"index": row["index"] * self.size + place}
+                        for place, share in enumerate(shares) for row in share]
+                self._alone(lambda: write_atomically(whole, "".join(json.dumps(row) + "\n" for row in rows)))
         self._alone(lambda: super(TeamTrainer, self).evaluate(when, progress))
+
+    def _share_of_answers(self, when: str, records: list, whole: Path, progress: bool) -> list[dict]:
+        part = whole.with_name(f".{whole.stem}_{self.rank}_of_{self.size}.jsonl")  # kept until the summary: a stop loses none
+        with contextlib.suppress(ClipError):  # no clip of this share; whether none at all, the first process finds
+            self._answers(when, records[self.rank::self.size], part, whole.stem, progress)
+        return list(read_lines(part))
 
     def _record(self, line: dict) -> None:
         if self.main:
@@ -118,6 +135,8 @@ class TeamTrainer(Trainer):
 
     def summary(self, complete: bool) -> dict:
         told = gather(super().summary(complete))[0]
+        for part in (self.out / "evaluation").glob(f".*_{self.rank}_of_{self.size}.jsonl") if complete else ():
+            part.unlink()
         super().close()
         return told
 

@@ -296,16 +296,19 @@ class Trainer:
 
     def evaluate(self, when: str, progress: bool) -> None:
         r"""Answers every evaluation file "before" (adapter off) or "after"; answers already on disk are kept."""
-        started, config = time.perf_counter(), self.config
+        started = time.perf_counter()
+        for name, records in self.evaluations.items():
+            path = self.out / "evaluation" / f"{when}_{name}.jsonl"
+            self.predictions[when][name] = self._answers(when, records, path, f"{name} {when}", progress)
+        self.spent[f"evaluation_{when}"] += time.perf_counter() - started
+
+    def _answers(self, when: str, records: list[Record], path: Path, label: str, progress: bool) -> list[dict]:
+        config = self.config
         adapter_off = self.policy.reference() if when == "before" else contextlib.nullcontext()
         with adapter_off:
-            for name, records in self.evaluations.items():
-                self.predictions[when][name] = evaluate(
-                    self.policy, records, view=self.view, max_new_tokens=config.max_new_tokens,
-                    batch=config.eval_batch, temperature=config.eval_temperature, seed=config.seed,
-                    samples=config.eval_samples, out=self.out / "evaluation" / f"{when}_{name}.jsonl",
-                    label=f"{name} {when}", progress=progress)
-        self.spent[f"evaluation_{when}"] += time.perf_counter() - started
+            return evaluate(self.policy, records, view=self.view, max_new_tokens=config.max_new_tokens,
+                            batch=config.eval_batch, temperature=config.eval_temperature, seed=config.seed,
+                            samples=config.eval_samples, out=path, label=label, progress=progress)
 
     def close(self) -> None:
         r"""Ends trackers."""

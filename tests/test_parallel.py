@@ -83,7 +83,9 @@ def test_two_processes_make_the_run_of_one(world, alone):
     one, two = (json.loads((Path(c.out) / "summary.json").read_text()) for c in (alone, config))
     for name in ("before", "after", "change", "rollouts", "updates", "step", "complete"):
         assert one[name] == two[name], name
-    assert (Path(config.out) / "evaluation" / "after_L1.jsonl").read_text().count("\n") == two["after"]["L1"]["n"]
+    answers = [(Path(c.out) / "evaluation" / "after_L1.jsonl").read_text() for c in (alone, config)]
+    assert answers[0] == answers[1] and answers[0].count("\n") == two["after"]["L1"]["n"]
+    assert {path.name for path in (Path(config.out) / "evaluation").iterdir()} == {"before_L1.jsonl", "after_L1.jsonl"}
     assert len(list((Path(config.out) / "checkpoints").iterdir())) == config.keep_checkpoints
 
 
