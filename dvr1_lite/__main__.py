@@ -68,8 +68,8 @@ def parse_training(arguments: Sequence[str]) -> tuple[str | None, str | None, di
     class TrainParser(Parser, HfArgumentParser):
         def __init__(self):
             Parser.__init__(self, "train", train_command.__doc__)
-            self.add_argument("--config", metavar="FILE.yaml", help="Config file, or the name of a shipped one; options "
-                              "given here override it.")
+            self.add_argument("--config", metavar="FILE.yaml", help="Config file, or the name of a shipped one; "
+                              "options given here override it.")
             self.add_argument("--card", type=int, metavar="GB", help="Settings for a GPU with 16, 24 or 80 GB.")
             self.add_argument("--resume", metavar="DIR", help="Go on with the run in this folder.")
             self.dataclass_types = [TrainConfig]
@@ -173,8 +173,8 @@ def accuracy_table(summary: dict) -> str:
         lines.append(f"mean IoU {summary['mean_iou']:.3f}, {recall}")
     if "acc_gqa" in summary:
         low, high = (100 * bound for bound in summary["acc_gqa_ci95"])
-        lines.append(f"right and grounded (Acc@GQA, IoP >= 0.5) {100 * summary['acc_gqa']:.1f} % [{low:.1f}, {high:.1f}], "
-                     f"mean IoP {summary['mean_iop']:.3f}")
+        lines.append(f"right and grounded (Acc@GQA, IoP >= 0.5) {100 * summary['acc_gqa']:.1f} % "
+                     f"[{low:.1f}, {high:.1f}], mean IoP {summary['mean_iop']:.3f}")
     return "\n".join(lines)
 
 
@@ -405,7 +405,7 @@ def _use_threads(count: int | None) -> None:
 
 
 def check_command(arguments: Sequence[str]) -> int:
-    r"""Look a data set over before training: what is in it, which clips are missing or broken, which spans are wrong."""
+    r"""Look a data set over before training: what is in it, which clips are missing or broken, and wrong spans."""
     from . import plotting
     from .data import check_records, examples, format_report, read_records, show_record
     from .files import make_folder
@@ -463,7 +463,7 @@ def memory_command(arguments: Sequence[str]) -> int:
     from .files import write_atomically
 
     parser = Parser("memory", memory_command.__doc__ + " Takes --config and every field of it, as train does.")
-    parser.add_argument("--card", type=int, metavar="GB", help="Settings for a GPU with 16, 24 or 80 GB; compare with it.")
+    parser.add_argument("--card", type=int, metavar="GB", help="Settings for a GPU with 16, 24 or 80 GB, to compare.")
     parser.add_argument("--available", type=float, metavar="GB", help="Compare with so many 2**30 bytes.")
     parser.add_argument("--text-tokens", type=int, default=memory.TEXT_TOKENS, help="Question, options, instruction.")
     parser.add_argument("--no-image", action="store_true", help="No record has a picture besides its clip.")

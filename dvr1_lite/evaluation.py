@@ -208,9 +208,9 @@ def grounding(ious: Sequence[float]) -> dict:
 def grounded_answers(rows: Sequence[dict]) -> dict:
     r"""NExT-GQA's other official figures, over the questions that ask a span; {} if there are none.
 
-    `mean_iop` and `iop_at` 0.3 and 0.5, intersection over prediction, the best true segment of each question; `acc_gqa`,
-    the share whose answer is right *and* whose IoP is at least 0.5, with `acc_gqa_ci95`; `mean_iou_ci95`. Intervals are
-    clustered by clip. A malformed answer counts 0 everywhere.
+    `mean_iop` and `iop_at` 0.3 and 0.5, intersection over prediction, the best true segment of each question;
+    `acc_gqa`, the share whose answer is right *and* whose IoP is at least 0.5, with `acc_gqa_ci95`;
+    `mean_iou_ci95`. Intervals are clustered by clip. A malformed answer counts 0 everywhere.
     """
     asked = [row for row in rows if "iop" in row]
     if not asked:
@@ -218,7 +218,8 @@ def grounded_answers(rows: Sequence[dict]) -> dict:
     clips, iops = [row["clip"] for row in asked], [row["iop"] for row in asked]
     grounded = [float(row["accuracy"] == 1.0 and row["iop"] >= GROUNDED - 1e-9) for row in asked]
     return {"mean_iou_ci95": list(mean_interval([row["iou"] for row in asked], clips, 0.0, 1.0)),
-            "mean_iop": _mean(iops), "iop_at": {f"{m}": _mean([float(iop >= m - 1e-9) for iop in iops]) for m in IOP_AT},
+            "mean_iop": _mean(iops),
+            "iop_at": {f"{m}": _mean([float(iop >= m - 1e-9) for iop in iops]) for m in IOP_AT},
             "acc_gqa": _mean(grounded), "acc_gqa_ci95": list(share_interval(grounded, clips))}
 
 

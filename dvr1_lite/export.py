@@ -51,8 +51,8 @@ def base_model(adapter: Path) -> str:
     try:
         return json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{adapter} holds no adapter (adapter_config.json cannot be read): give the folder adapter/ of "
-                         f"a run") from error
+        raise ModelError(f"{adapter} holds no adapter (adapter_config.json cannot be read): give the folder adapter/ "
+                         f"of a run") from error
 
 
 def _find(model: str, name: str) -> str | None:
@@ -63,9 +63,10 @@ def _find(model: str, name: str) -> str | None:
 
 
 def card(adapter: Path, base: str, family: str, dtype: str) -> str:
-    r"""A model card: what was merged, how it was trained (from the run's own card), and how to evaluate it elsewhere."""
+    r"""A model card: what was merged, how it was trained (the run's own card), and how to evaluate it elsewhere."""
     trained, name = adapter / "README.md", Path(base).name if Path(base).is_dir() else base  # no path of this machine
-    told = trained.read_text(encoding="utf-8").partition("\n# ")[2].partition("\n")[2].strip() if trained.is_file() else ""
+    run = trained.read_text(encoding="utf-8") if trained.is_file() else ""
+    told = run.partition("\n# ")[2].partition("\n")[2].strip()
     return f"""---
 base_model: {name}
 library_name: transformers
@@ -82,8 +83,9 @@ A LoRA adapter merged into {name} in {dtype}, by `python -m dvr1_lite merge`.
 
 {lmms_eval_command(family, "THIS_FOLDER")}
 
-Prompts there do not ask for `<think>` and `<answer>`: add the training's instruction as the task's prompt suffix, or expect
-the model to answer as its base does. Frames and pixels are the task's, not the training's; say both beside a number.
+Prompts there do not ask for `<think>` and `<answer>`: add the training's instruction as the task's prompt suffix, or
+expect the model to answer as its base does. Frames and pixels are the task's, not the training's; say both beside a
+number.
 """
 
 

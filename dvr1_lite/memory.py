@@ -1,7 +1,7 @@
 r"""How much memory a run takes, from its configuration and the model's architecture alone: no weights, no GPU.
 
 What stands in memory all the time (weights, adapter, gradients, optimizer, feature cache) is counted exactly. What
-comes and goes is predicted for each phase of a step (encode, sample, update, evaluate), of which only one runs at a time:
+comes and goes is predicted for each phase of a step (encode, sample, update, evaluate), of which one runs at a time:
 
     peak = standing + the largest phase,        needed on a GPU = peak x 1.05 (fragments) + 0.6 GB (CUDA itself)
 
@@ -118,7 +118,8 @@ def measure_architecture(config, name: str) -> Architecture:
 
     with torch.device("meta"):
         model = getattr(transformers, FAMILIES[config.model_type])(config)
-    language, visual, text, vision = model.model.language_model, model.model.visual, config.text_config, config.vision_config
+    language, visual = model.model.language_model, model.model.visual
+    text, vision = config.text_config, config.vision_config
     layer = language.layers[0]
     linears = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.self_attn.o_proj,
                layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
@@ -158,7 +159,8 @@ def weight_bytes(architecture: Architecture, quantization: str, dtype: str) -> d
     vision encoder, norms and biases stay in `dtype`."""
     a, s = architecture, DTYPES[dtype].itemsize
     size = nf4_bytes if quantization == "nf4" else lambda count: s * count
-    return {"language layers": a.layers * sum(size(rows * columns) for rows, columns in a.linears) + s * a.language_rest,
+    matrices = a.layers * sum(size(rows * columns) for rows, columns in a.linears)
+    return {"language layers": matrices + s * a.language_rest,
             "embeddings": s * a.embeddings, "output head": s * a.head, "vision encoder": s * a.vision}
 
 
@@ -454,9 +456,9 @@ def check_fits(config: TrainConfig, gb: float, architecture: Architecture | None
     if prediction.needed <= gb * GB:
         return prediction
     changes = advise(config, gb, architecture, **options)
-    raise ConfigError(f"the run needs about {prediction.needed / GB:.1f} GB (most in phase {prediction.largest}), there "
-                      f"are {gb:.1f} GB: set {_told(changes)}; `python -m dvr1_lite memory` shows what takes it, and "
-                      f"check_memory: false trains all the same")
+    raise ConfigError(f"the run needs about {prediction.needed / GB:.1f} GB (most in phase {prediction.largest}), "
+                      f"there are {gb:.1f} GB: set {_told(changes)}; `python -m dvr1_lite memory` shows what takes "
+                      f"it, and check_memory: false trains all the same")
 
 
 def device_gb(device: str) -> float:

@@ -66,12 +66,13 @@ class TeamTrainer(Trainer):
     def __init__(self, config: TrainConfig, out: Path, checkpoint: Checkpoint | None = None):
         self.size, self.rank = processes(), rank()
         if config.prompts_per_step % self.size:
-            raise ConfigError(f"prompts_per_step is {config.prompts_per_step} and there are {self.size} processes: give a "
-                              f"multiple, so that each has equally many whole groups")
+            raise ConfigError(f"prompts_per_step is {config.prompts_per_step} and there are {self.size} processes: "
+                              f"give a multiple, so that each has equally many whole groups")
         for name in ("FSDP", "DEEPSPEED"):
             if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-                raise ConfigError(f"the launcher asks for {name}, and weights are not divided here, only groups: launch "
-                                  f"with --multi_gpu --num_processes {self.size}, and take NF4 weights if one card is small")
+                raise ConfigError(f"the launcher asks for {name}, and weights are not divided here, only groups: "
+                                  f"launch with --multi_gpu --num_processes {self.size}, and take NF4 weights if one "
+                                  f"card is small")
         if torch.device(config.device).type == "cuda" and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # "cuda" is this one from here on
         super().__init__(config, out, checkpoint)
@@ -90,7 +91,7 @@ class TeamTrainer(Trainer):
         self.saved_step = self.step
 
     def evaluate(self, when: str, progress: bool) -> None:
-        r"""Every process answers its share of the questions; the first one puts the answers together and counts them."""
+        r"""Every process answers its share of the questions; the first one puts them together and counts."""
         for name, records in self.evaluations.items():
             whole = self.out / "evaluation" / f"{when}_{name}.jsonl"
             if not gather(whole.exists())[0]:
@@ -101,7 +102,8 @@ class TeamTrainer(Trainer):
         self._alone(lambda: super(TeamTrainer, self).evaluate(when, progress))
 
     def _share_of_answers(self, when: str, records: list, whole: Path, progress: bool) -> list[dict]:
-        part = whole.with_name(f".{whole.stem}_{self.rank}_of_{self.size}.jsonl")  # kept until the summary: a stop loses none
+        # Kept until the summary, so that a stop loses none.
+        part = whole.with_name(f".{whole.stem}_{self.rank}_of_{self.size}.jsonl")
         with contextlib.suppress(ClipError):  # no clip of this share; whether none at all, the first process finds
             self._answers(when, records[self.rank::self.size], part, whole.stem, progress)
         return list(read_lines(part))

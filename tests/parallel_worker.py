@@ -20,8 +20,8 @@ sample = training.sample_groups
 
 def by_prompt(policy, prompts, size, limit, *, generator, **options):
     r"""Each group from a generator of its own prompt, so that it does not matter which process samples it."""
-    made = [sample(policy, [prompt], size, limit, generator=torch.Generator().manual_seed(zlib.crc32(prompt.text.encode())),
-                   **options) for prompt in prompts]
+    seeds = [torch.Generator().manual_seed(zlib.crc32(prompt.text.encode())) for prompt in prompts]
+    made = [sample(policy, [prompt], size, limit, generator=seed, **options) for prompt, seed in zip(prompts, seeds)]
     width = max(one.completions.ids.shape[-1] for one in made)
     pad = lambda x: torch.nn.functional.pad(x, (0, width - x.shape[-1]))
     completions = Completions(torch.cat([pad(one.completions.ids) for one in made]),

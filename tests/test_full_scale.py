@@ -27,7 +27,7 @@ SMALL = {"num_frames": 4, "frame_size": 56, "steps": 2, "prompts_per_step": 2, "
 
 
 def write_seed_bench(folder, questions=4):
-    r"""SEED-Bench-R1's folders: annotations/, videos/SOURCE/, images/SOURCE/, its fields, one row with a picture alone."""
+    r"""SEED-Bench-R1's folders: annotations/, videos/SOURCE/, images/SOURCE/, its fields; one row has no video."""
     random = np.random.RandomState(0)
     for name in ("annotations", "videos/EpicKitchens", "images/EpicKitchens"):
         (folder / name).mkdir(parents=True)
@@ -237,8 +237,8 @@ def test_a_gated_model(seed_bench, tmp_path, monkeypatch):
         raise OSError("You are trying to access a gated repo.")
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
-    fails(shipped(seed_bench, "someone/gated-model", tmp_path / "run"), ModelError, "gated: accept its terms.*hf auth login",
-          monkeypatch)
+    fails(shipped(seed_bench, "someone/gated-model", tmp_path / "run"), ModelError,
+          "gated: accept its terms.*hf auth login", monkeypatch)
 
 
 def test_a_wrong_data_root(seed_bench, tmp_path, monkeypatch):
@@ -266,8 +266,8 @@ def test_no_gpu_and_no_such_device(seed_bench, tmp_path, monkeypatch):
 
 def test_clips_that_are_all_missing_stop_the_run(tmp_path, monkeypatch):
     data = write_next_gqa(tmp_path)
-    config = make_config(SMALL | {"model": str(write_model(tmp_path / "model")), "train_file": str(data), "eval_files": {},
-                                  "out": str(tmp_path / "run"), "optimizer": "adamw"})
+    config = make_config(SMALL | {"model": str(write_model(tmp_path / "model")), "train_file": str(data),
+                                  "eval_files": {}, "out": str(tmp_path / "run"), "optimizer": "adamw"})
     logging.getLogger("dvr1_lite").setLevel(logging.ERROR)
     with pytest.raises(Exception, match="no such file|cannot be read"):
         training.train(config, progress=False)

@@ -12,7 +12,9 @@ from tiny import make_clip, write_model
 
 from dvr1_lite import __main__ as cli
 from dvr1_lite import memory, training
-from dvr1_lite.config import CONFIGS, TrainConfig, card_gb, card_settings, load_config, make_config, read_yaml, shipped_configs
+from dvr1_lite.config import (
+    CONFIGS, TrainConfig, card_gb, card_settings, load_config, make_config, read_yaml, shipped_configs,
+)
 from dvr1_lite.errors import ConfigError, ModelError, RecordError
 from dvr1_lite.memory import GB, LiveBytes, architecture_of, predict
 from dvr1_lite.policy import FAMILIES, Completions, LoraSettings, Policy

@@ -1,4 +1,4 @@
-r"""Two processes on a CPU (gloo): the same run as one process with all the prompts, written once, resumed by any number."""
+r"""Two processes on a CPU (gloo): the run of one process with all the prompts, written once, resumed by any number."""
 
 import json
 import os
@@ -30,10 +30,9 @@ def launch(config, folder, count, *words) -> None:
     if count > 1:
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
                    "ACCELERATE_USE_CPU": "true"}
+    own = [{"RANK": str(i), "LOCAL_RANK": str(i)} if count > 1 else {} for i in range(count)]
     children = [subprocess.Popen([sys.executable, str(WORKER), str(file), *words], text=True, stderr=subprocess.PIPE,
-                                 stdout=subprocess.PIPE, env=shared | ({"RANK": str(i), "LOCAL_RANK": str(i)} if count > 1
-                                                                       else {}))
-                for i in range(count)]
+                                 stdout=subprocess.PIPE, env=shared | mine) for mine in own]
     told = [child.communicate(timeout=240)[1] for child in children]
     assert [child.returncode for child in children] == [0] * count, "\n".join(told)[-4000:]
 
