@@ -220,8 +220,8 @@ def _eager(module, query, key, value, mask, *, scaling: float, **_):
 
 
 def _flash(module, query, key, value, mask, *, scaling: float, **options):
-    r"""Without a padding mask, L queries that end where the keys end: torch's flash kernel where the device and the
-    number type have one (a GPU; bfloat16 or float16), with neither a mask nor repeated keys in memory. Else as "sdpa"."""
+    r"""Without a padding mask, L queries that end where the keys end: torch's flash kernel where device and number type
+    have one (a GPU; bfloat16 or float16), with neither a mask nor repeated keys in memory. Else as "sdpa"."""
     from torch.nn.attention.bias import causal_lower_right
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -370,7 +370,7 @@ class Policy:
         quantization: "none" or "nf4" (double quantisation; language-model linear layers only). lora: new adapters, or
         None for a frozen model; adapter: a folder in peft's format instead, trainable again. dtype: of the frozen
         weights and the computation; adapters are at least float32. attention: "sdpa" (torch's fused kernels),
-        "flash" (its flash kernel wherever no prompt is padded) or "eager" (written out). gradient_checkpointing: recompute each layer in the backward pass (exact, slower, less
+        "flash" (its flash kernel wherever no prompt is padded) or "eager" (written out). gradient_checkpointing: redo each layer in the backward pass (exact, slower, less
         memory). max_feature_bytes: see `FeatureCache`; merge_bytes: see `merged`; after_video: see `rope_positions`.
         Raises ModelError naming what cannot be loaded and the remedy.
         """
