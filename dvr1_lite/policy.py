@@ -370,7 +370,8 @@ class Policy:
         quantization: "none" or "nf4" (double quantisation; language-model linear layers only). lora: new adapters, or
         None for a frozen model; adapter: a folder in peft's format instead, trainable again. dtype: of the frozen
         weights and the computation; adapters are at least float32. attention: "sdpa" (torch's fused kernels),
-        "flash" (its flash kernel wherever no prompt is padded) or "eager" (written out). gradient_checkpointing: redo each layer in the backward pass (exact, slower, less
+        "flash" (its flash kernel wherever no prompt is padded) or "eager" (written out). gradient_checkpointing:
+        recompute each layer in the backward pass (exact, slower, less
         memory). max_feature_bytes: see `FeatureCache`; merge_bytes: see `merged`; after_video: see `rope_positions`.
         Raises ModelError naming what cannot be loaded and the remedy.
         """
