@@ -114,8 +114,8 @@ def as_table(facts: dict) -> str:
     """Markdown: per type the groups, then accuracy against hint and against noise, in per cent."""
     rows = {**facts["types"], "**mean**": facts["overall"]}
     share = lambda x: "-" if x is None else f"{100 * x:.0f}"
-    head = ["type", "format", "sampled", "greedy", "zero spread", "all right", "all wrong", "swapped clip", "trace found"]
     keys = ["format", "sampled", "greedy", "zero_spread", "all_right", "all_wrong", "swapped_clip", "trace_found"]
+    head = ["type", *(key.replace("_", " ") for key in keys)]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     lines += ["| " + " | ".join([name, *(share(f.get(k)) for k in keys)]) + " |" for name, f in rows.items()]
     for table, title in (("hint", "share of the true trace given as a hint"), ("noise", "sigma of the frame noise")):
@@ -145,8 +145,8 @@ def write(facts: dict, folder: str | Path) -> None:
     (folder / "acceptance.json").write_text(json.dumps(_rounded(facts), indent=1) + "\n", encoding="utf-8")
     (folder / "ACCEPTANCE.md").write_text(
         "# What the base model can do\n\nMeasured in the training environment, in per cent, by "
-        "`python -m dvr1_lite pretrain`; 200 questions a type, groups of 8 at temperature 1.\n\n" + COLUMNS + as_table(facts),
-        encoding="utf-8")
+        "`python -m dvr1_lite pretrain`; 200 questions a type, groups of 8 at temperature 1.\n\n"
+        + COLUMNS + as_table(facts), encoding="utf-8")
 
 
 def _rounded(value):

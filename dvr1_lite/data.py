@@ -61,7 +61,7 @@ class Record:
 
     @property
     def answer_in_words(self) -> str:
-        """The right answer for a reader: with its option's text and its first span, such as "A (red) from 0.0 to 1.0"."""
+        """The right answer for a reader: with its option's text and first span, such as "A (red) from 0.0 to 1.0"."""
         span = f" from {self.spans[0][0]} to {self.spans[0][1]}" if self.spans else ""
         return with_option(self.answer, self.options) + span
 

@@ -45,6 +45,7 @@ KL_WEIGHTS = (0.001, 0.01, 0.1, 1.0)  # the gradients that they stand against di
 TUNED_METHODS = ("grpo", "reg-grpo", "reinforce", "rloo", "rebel", "reward-regression", "dpo", "online-dpo",
                  "centred-regression")
 COMMON = {"steps": STEPS, "rollout_budget": ROLLOUTS, "prompts_per_step": PROMPTS, "group_size": GROUP,
+          "learning_rate": 1e-3,  # of a method that is not tuned; `tuning.json` decides for the others
           "augment": "none", "figures": False, "save_every": 50, "keep_checkpoints": 1}
 QUICK = {"steps": 6, "rollout_budget": 6 * PROMPTS * GROUP, "eval_limit": 60}
 NEUTRAL = ("out", "save_every", "keep_checkpoints", "figures", "tracker", "feature_cache_mb",
@@ -477,6 +478,8 @@ def reproduce(name: str, out: str | Path, seeds: int | None = None, jobs: int = 
         if experiment.name == "tune":
             write_tuning(shelf, runs)
         tell(report.write_aggregate(experiment, runs, shelf))
+    names = " ".join(experiment.name for experiment in experiments)
+    tell(f"recorded in {shelf}; to draw figures: python -m dvr1_lite report {names} --out {shelf}")
     return failed
 
 

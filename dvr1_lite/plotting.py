@@ -84,7 +84,8 @@ def vanishing_curve(metrics: Sequence[Mapping], window: int = 10) -> Figure:
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
         left.stackplot(steps, column("vanishing_all_right"), column("vanishing_all_wrong"), alpha=0.8,
                        labels=["all right", "all wrong"], colors=["#44AA99", "#882255"])
-        left.set(title="Groups as sampled", xlabel=f"step (mean of the last {window})", ylabel="share of groups that vanish", ylim=(0, 1))
+        left.set(title="Groups as sampled", xlabel=f"step (mean of the last {window})",
+                 ylabel="share of groups that vanish", ylim=(0, 1))
         right.plot(steps, column("vanishing"), color="#555555", linestyle="--", label="as sampled")
         right.plot(steps, column("vanishing_after"), color=METHOD_COLOURS["reg-grpo"], label="as trained on")
         right.set(title="Before and after augmentation", xlabel=f"step (mean of the last {window})")
@@ -102,7 +103,8 @@ def accuracy_by_type(before: Mapping[str, Mapping], after: Mapping[str, Mapping]
     splits = list(after)
     widest = max(1 + len(after[split]["by_type"]) for split in splits)
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(len(splits), 1, figsize=(1.5 + 0.75 * widest, 0.5 + 2.5 * len(splits)), squeeze=False)
+        size = (1.5 + 0.75 * widest, 0.5 + 2.5 * len(splits))
+        figure, panels = plt.subplots(len(splits), 1, figsize=size, squeeze=False)
         for axes, split in zip(panels[:, 0], splits):
             _bars(axes, before[split], after[split])
             axes.set(title=f"{split} (n = {after[split]['n']})", ylim=(0, 100), xlim=(-0.5, widest - 0.5),
@@ -115,7 +117,7 @@ def accuracy_by_type(before: Mapping[str, Mapping], after: Mapping[str, Mapping]
 def _bars(axes, before: Mapping, after: Mapping) -> None:
     names = ["all", *after["by_type"]]
     places = np.arange(len(names))
-    sides = ((-0.2, before, "before", BEFORE, "//"), (0.2, after, "after", AFTER, ""))
+    sides = ((-0.2, before, "before training", BEFORE, "//"), (0.2, after, "after training", AFTER, ""))
     for shift, figures, label, colour, hatch in sides:
         missing = {"accuracy": 0.0, "ci95": [0.0, 0.0]}
         cells = [figures, *(figures["by_type"].get(name, missing) for name in names[1:])]

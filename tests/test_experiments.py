@@ -341,7 +341,8 @@ def test_quick_runs_have_a_folder_of_their_own(fake_workers, monkeypatch, tmp_pa
     monkeypatch.setattr(report, "write_aggregate", lambda experiment, runs, shelf: f"{experiment.name} {len(runs)}")
     told = []
     reproduce("table4", tmp_path, quick=True, tell=told.append)
-    assert told[-1] == "table4 4" and read_runs(tmp_path) == {} and len(read_runs(tmp_path / "quick")) == 3
+    assert told[-2] == "table4 4" and told[-1].endswith(f"report table4 --out {tmp_path / 'quick'}")
+    assert read_runs(tmp_path) == {} and len(read_runs(tmp_path / "quick")) == 3
 
 
 # --- one real run ----------------------------------------------------------------------------------------------------
