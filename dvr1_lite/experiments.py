@@ -40,7 +40,7 @@ SAMPLED_LIMIT = 600  # questions a split that are answered at temperature 1 besi
 POINTS = 30  # of a recorded curve
 FAIR_ABSOLUTE = 0.7  # the base model's mean reward: at 0.5, what a wrong answer in the right form earns, none is hard
 PARENT = "DVR1_PARENT"  # environment variable with the number of the process that started a worker
-LEARNING_RATES = (3e-4, 1e-3)
+LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 KL_WEIGHTS = (0.001, 0.01, 0.1, 1.0)  # the gradients that they stand against differ 400-fold between methods
 TUNED_METHODS = ("grpo", "reg-grpo", "reinforce", "rloo", "rebel", "reward-regression", "dpo", "online-dpo",
                  "centred-regression")

@@ -93,7 +93,7 @@ def test_tuned_settings_reach_the_rows_and_rows_come_before_them():
 def test_tuning_gives_every_method_the_same_grid_and_seeds_of_its_own():
     runs = plan(EXPERIMENTS["tune"], 1)
     per_method = {m: sum(run.config.method == m for run in runs) for m in experiments.TUNED_METHODS}
-    assert set(per_method.values()) == {8} and {run.seed for run in runs} == {1000}
+    assert set(per_method.values()) == {12} and {run.seed for run in runs} == {1000}
     assert {tuple(run.config.eval_paths()) for run in runs} == {("tune",)}
 
 
