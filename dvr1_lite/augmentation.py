@@ -162,13 +162,20 @@ def best_trace(scored: Iterable[tuple[str, Score]]) -> str | None:
     return best
 
 
-def probed_share(success: Callable[[float], float]) -> float:
-    r"""The smallest of `HINT_PROBES` whose `success`, the share of right answers, reaches `PROBE_SUCCESS`; else the
-    largest.
+def probed_shares(count: int, success: Callable[[list[int], float], list[float]]) -> list[float]:
+    r"""For each of `count` prompts the smallest of `HINT_PROBES` with which enough answers are right, else the largest.
 
-    Differs from the paper: there the share follows from $\Delta R$ alone.
+    success: takes the prompts still open (their numbers, together) and a share, and gives each one's share of right
+    answers; `PROBE_SUCCESS` is enough. Differs from the paper: there the share follows from $\Delta R$ alone.
     """
-    return next((share for share in HINT_PROBES[:-1] if success(share) >= PROBE_SUCCESS), HINT_PROBES[-1])
+    shares, waiting = [HINT_PROBES[-1]] * count, list(range(count))
+    for share in HINT_PROBES[:-1]:
+        rates = success(waiting, share) if waiting else []
+        for number, rate in zip(list(waiting), rates):
+            if rate >= PROBE_SUCCESS:
+                shares[number] = share
+                waiting.remove(number)
+    return shares
 
 
 def _check_share(name: str, share: float) -> None:

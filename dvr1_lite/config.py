@@ -325,11 +325,13 @@ def card_gb(card: int) -> float:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    r"""The mapping in a YAML file, or in the shipped config of that name. Raises `ConfigError` if there is none."""
+    r"""The mapping in a YAML file, or in the shipped config of that name, by `yaml.safe_load`.
+
+    Raises `ConfigError` if there is none, or for a file over 1 MB or with aliases, of which a few lines can stand for
+    gigabytes.
+    """
     if not Path(path).exists():
         path = shipped_configs().get(str(path).removesuffix(".yaml"), path)
-    r"""The mapping in a YAML file, by `yaml.safe_load`. Raises `ConfigError` if there is none, or for a file over 1 MB
-    or with aliases, of which a few lines can stand for gigabytes."""
     try:
         if Path(path).stat().st_size > MAX_YAML_BYTES:
             raise ConfigError(f"config {path} is larger than {MAX_YAML_BYTES} bytes: give a config, not a data set")

@@ -43,7 +43,7 @@ from .augmentation import (
     cut_hint,
     mask_frames,
     plan_augmentation,
-    probed_share,
+    probed_shares,
 )
 from .checkpoints import (
     Checkpoint,
@@ -434,22 +434,21 @@ class Trainer:
         records = [sampled.records[i] for i in hard]
         shown = [self._prompt(sampled.records[i], sampled.prompts[i].features, show_answer=True) for i in hard]
         traces = self._sample(records, shown, self.config.hint_traces, "sample_traces")
-        prompts = {}
-        for i, texts, scores in zip(hard, traces.texts, traces.scores):
-            trace = best_trace(zip(texts, scores))
-            if trace is not None:
-                hinted = lambda share: self._prompt(sampled.records[i], sampled.prompts[i].features,
-                                                    hint=cut_hint(trace, share))
-                share = plans[i].amount
-                if self.config.hint_probe:
-                    share = probed_share(lambda tried: self._success(sampled.records[i], hinted(tried)))
-                prompts[i] = hinted(share)
-        return prompts
+        best = {i: best_trace(zip(*pair)) for i, *pair in zip(hard, traces.texts, traces.scores)}
+        found = {i: trace for i, trace in best.items() if trace is not None}
+        places = list(found)
 
-    def _success(self, record: Record, prompt: Prompt) -> float:
-        r"""Share of right answers among `hint_traces` completions."""
-        tried = self._sample([record], [prompt], self.config.hint_traces, "sample_probes")
-        return mean_of([score.right for score in tried.scores[0]])
+        def hinted(i: int, share: float) -> Prompt:
+            return self._prompt(sampled.records[i], sampled.prompts[i].features, hint=cut_hint(found[i], share))
+
+        def success(numbers: list[int], share: float) -> list[float]:
+            tried = [places[number] for number in numbers]
+            groups = self._sample([sampled.records[i] for i in tried], [hinted(i, share) for i in tried],
+                                  self.config.hint_traces, "sample_probes")
+            return [mean_of([score.right for score in scores]) for scores in groups.scores]
+
+        shares = probed_shares(len(places), success) if self.config.hint_probe else [plans[i].amount for i in places]
+        return {i: hinted(i, share) for i, share in zip(places, shares)}
 
     def _noisy_prompts(self, sampled: Groups, easy: list[int], plans: list[Augmentation]) -> dict[int, Prompt]:
         r"""Prompts with noise or masked frames; a clip that has become unreadable is counted and stays as it was."""

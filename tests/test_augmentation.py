@@ -14,7 +14,7 @@ from dvr1_lite.augmentation import (
     cut_hint,
     mask_frames,
     plan_augmentation,
-    probed_share,
+    probed_shares,
     validate_augmentation,
 )
 from dvr1_lite.errors import ConfigError, NumericsError
@@ -235,10 +235,20 @@ def test_no_trace_serves_if_answer_or_format_is_wrong():
     assert best_trace([scored("")]) is None
 
 
-@pytest.mark.parametrize(("rates", "share", "tries"), [
-    ({0.15: 0.5}, 0.15, 1), ({0.15: 0.25, 0.3: 0.3}, 0.3, 2), ({0.15: 0.0, 0.3: 0.0, 0.45: 1.0}, 0.45, 3),
-    ({0.15: 0.0, 0.3: 0.0, 0.45: 0.25}, 0.6, 3)])
-def test_the_smallest_share_that_lets_enough_succeed(rates, share, tries):
+def test_the_smallest_share_that_lets_enough_succeed():
+    rates = [{0.15: 0.5}, {0.15: 0.25, 0.3: 0.3}, {0.15: 0.0, 0.3: 0.0, 0.45: 1.0}, {0.15: 0.0, 0.3: 0.0, 0.45: 0.25}]
     asked = []
-    assert probed_share(lambda tried: asked.append(tried) or rates[tried]) == share
-    assert len(asked) == tries
+
+    def success(waiting, share):
+        asked.append((tuple(waiting), share))
+        return [rates[number][share] for number in waiting]
+
+    shares = probed_shares(4, success)
+    assert shares == [0.15, 0.3, 0.45, 0.6]
+    assert asked == [((0, 1, 2, 3), 0.15), ((1, 2, 3), 0.3), ((2, 3), 0.45)]  # together, and none longer than needed
+
+
+def test_probing_ends_when_nothing_is_open():
+    asked = []
+    assert probed_shares(2, lambda waiting, tried: asked.append(tried) or [1.0] * len(waiting)) == [0.15, 0.15]
+    assert asked == [0.15] and probed_shares(0, None) == []

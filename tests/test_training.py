@@ -329,7 +329,8 @@ def test_a_probed_hint_counts_what_it_samples(world, tmp_path, coin):
     train(config, progress=False)
     found = sum(line["hints_found"] for line in lines_of(tmp_path / "run"))
     tried = [count for phase, count in probes if phase == "sample_probes"]
-    assert found <= len(tried) <= 3 * found and set(tried) == {2}
+    assert 2 * found <= sum(tried) <= 3 * 2 * found and all(count % 2 == 0 for count in tried)
+    assert len(tried) <= 3 * 6  # at most three passes a step, however many prompts
     assert lines_of(tmp_path / "run")[-1]["rollouts"] == sum(count for _, count in probes)
 
 
