@@ -573,9 +573,9 @@ def work(todo: Sequence[Job], jobs: int, tell: Callable[[str], None]) -> dict[st
 
 def _progress(job: Job, done: int, total: int, seconds: float, failed: bool) -> str:
     left = seconds / done * (total - done)
-    left_text = f"about {left / 60:.0f} min left" if left >= 60 else f"about {left:.0f} s left"
+    left_text = f"; about {left / 60:.0f} min left" if left >= 60 else f"; about {left:.0f} s left" if left else ""
     figures = "failed" if failed else short_figures(json.loads(job.result.read_text(encoding="utf-8")))
-    return f"[{done}/{total}] {job.label}: {figures} in {time.monotonic() - job.started:.0f} s; {left_text}"
+    return f"[{done}/{total}] {job.label}: {figures} in {time.monotonic() - job.started:.0f} s{left_text}"
 
 
 def short_figures(run: Mapping) -> str:

@@ -399,7 +399,7 @@ def accuracy_figure(found: Mapping):
     rows, splits = found["rows"], list(found["rows"]["base"]["splits"])
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, len(splits), figsize=(3.2 * len(splits) + 1.6, 0.42 * len(rows) + 1.6),
-                                      sharey=True, squeeze=False)
+                                      sharex=True, sharey=True, squeeze=False)
         for axes, split in zip(panels[0], splits):
             for place, (name, row) in enumerate(rows.items()):
                 _point(axes, place, row["splits"][split], "ci_clips" if name == "base" else "ci", look(row))
@@ -426,7 +426,7 @@ def differences_figure(found: Mapping):
     claims = found["differences"]
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, len(splits), figsize=(2.7 * len(splits) + 2.6, 0.45 * len(claims) + 1.6),
-                                      sharey=True, squeeze=False)
+                                      sharex=True, sharey=True, squeeze=False)
         for axes, split in zip(panels[0], splits):
             for place, claim in enumerate(claims):
                 cell = claim["mean"] if split == "mean" else claim["splits"][split]
