@@ -89,7 +89,7 @@ def vanishing_curve(metrics: Sequence[Mapping], window: int = 10) -> Figure:
         right.plot(steps, column("vanishing"), color="#555555", linestyle="--", label="as sampled")
         right.plot(steps, column("vanishing_after"), color=METHOD_COLOURS["reg-grpo"], label="as trained on")
         right.set(title="Before and after augmentation",
-                  xlabel=f"step (mean of the last {window})\nsolid above dashed: more groups made to vanish than rescued")
+                  xlabel=f"step (mean of the last {window})\nsolid above dashed: more groups lost than rescued")
         for axes in (left, right):
             axes.legend(loc="upper left")
     return figure
