@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .files import writing
-from .video import Clip
+from .video import Clip, frame_indices
 
 # Paul Tol's "muted" palette, safe for the common kinds of colour blindness.
 METHOD_COLOURS = {
@@ -167,7 +167,7 @@ def _pictures(clip: Clip | np.ndarray, max_frames: int) -> tuple[np.ndarray, lis
     if frames.ndim == 4 and frames.shape[1] == 3 and frames.shape[-1] != 3:
         frames = frames.transpose(0, 2, 3, 1)
     frames = frames / 255 if frames.dtype == np.uint8 else frames
-    keep = np.linspace(0, len(frames) - 1, min(max_frames, len(frames))).round().astype(int)
+    keep = frame_indices(len(frames), min(max_frames, len(frames)))
     seconds = [clip.seconds[i] for i in keep] if isinstance(clip, Clip) else None
     return frames[keep].clip(0, 1), seconds
 
