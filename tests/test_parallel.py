@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from safetensors.torch import load_file
 from small_run import small_config, write_world
 
 from dvr1_lite import parallel
-from dvr1_lite.config import to_yaml
+from dvr1_lite.config import CONFIGS, to_yaml
 from dvr1_lite.errors import ConfigError
 
+ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("parallel_worker.py")
+LAUNCHES = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 
 
 def launch(config, folder, count, *words) -> None:
@@ -115,3 +118,26 @@ def test_divided_weights_are_refused(world, monkeypatch):
 
 def test_interleaving_is_the_order_of_the_records():
     assert parallel.interleave([["a", "c"], ["b", "d"]]) == ["a", "b", "c", "d"]
+
+
+# --- the launcher's files --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", LAUNCHES, ids=lambda file: file.stem)
+def test_the_launcher_knows_every_key_of_the_shipped_files(file):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils import DistributedType
+
+    loaded = load_config_from_file(str(file))  # an unknown key on the first level is its error
+    known = vars(launch_command_parser().parse_args(["train.py"]))
+    assert set(loaded.fsdp_config) <= known.keys()
+    assert loaded.num_processes % loaded.num_machines == 0 and loaded.mixed_precision == "no"
+    assert (loaded.distributed_type == DistributedType.FSDP) == bool(loaded.fsdp_config)
+
+
+def test_the_shipped_files_are_packed():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["dvr1_lite"]
+    packed = {path for pattern in patterns for path in CONFIGS.parent.glob(pattern)}
+    assert packed == {path for path in CONFIGS.rglob("*") if path.is_file()}
+    assert {file.stem for file in LAUNCHES} == {"ddp", "two_machines", "fsdp", "cpu_two"}
