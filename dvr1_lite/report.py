@@ -10,7 +10,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from .errors import ConfigError
 from .evaluation import cluster_standard_error, t_quantile
-from .experiments import EXPERIMENTS, Experiment, Run, find_recorded, fingerprints, read_runs, unpack
+from .experiments import EXPERIMENTS, PAPER, Experiment, Run, find_recorded, fingerprints, read_runs, unpack
 from .files import make_folder, write_atomically
 from .paths import data_folder
 
@@ -27,7 +27,15 @@ LAST = 0.2  # the share of a run, at its end, whose mean stands for "in the end"
 DRAWN_CURVES = {"vanishing_after": "share of vanishing groups, as trained on",
                 "vanishing": "share of vanishing groups, as sampled",
                 "reward_normalised": "reward, share of the largest, as sampled"}
+SHORT_CURVES = {"vanishing_after": "vanishing ratio", "vanishing": "vanishing ratio, as sampled",
+                "reward_normalised": "reward"}
 Answers = Sequence[float | None]  # a figure for each question, None where its clip could not be read
+NOT_RECORDED, NOT_HERE, TOO_FEW = "not recorded yet", "cannot be tested here", "n = 1, illustrative"
+ELSEWHERE = (("Table 1", "DeepVideo-R1 over SFT and GRPO: 2 to 7 billion weights, real video"),
+             ("Table 2", "DeepVideo-R1 over its base on other benchmarks of real video"),
+             ("Table 3", "DeepVideo-R1 over VideoChat-R1 on NExT-GQA"))
+VERDICT_LOOK = {"reproduced": ("#117733", ">"), "contradicted": ("#882255", "<"), "inconclusive": ("#555555", "o"),
+                TOO_FEW: ("#777777", "."), NOT_RECORDED: ("#777777", ""), NOT_HERE: ("#777777", "")}
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
@@ -97,7 +105,7 @@ def verdict(difference: Mapping) -> str:
     Reproduced: the corrected interval over seeds and the interval by clip both lie above 0; contradicted: both below.
     """
     if difference["ci_corrected"] is None:
-        return "n = 1, illustrative"
+        return TOO_FEW
     lows, highs = zip(difference["ci_corrected"], difference["ci_clips"])
     if min(lows) > 0:
         return "reproduced"
@@ -276,6 +284,91 @@ def read_published() -> dict:
     return json.loads((data_folder() / "paper_results.json").read_text(encoding="utf-8"))
 
 
+# --- the paper's claims ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Claim:
+    r"""A claim and what became of it. Figures in points (of accuracy, of the largest reward, of groups), above 0 in
+    favour of the claim; None where there are none. `interval`: over seeds, corrected; `published`: mean of splits."""
+
+    paper: str
+    text: str
+    verdict: str
+    command: str = ""
+    effect: float | None = None
+    interval: Sequence[float] | None = None
+    by_clip: Sequence[float] | None = None
+    detectable: float | None = None
+    seeds: int = 0
+    published: float | None = None
+
+
+def scoreboard(shelf: Path) -> list[Claim]:
+    r"""Every claim of the paper's tables and figure 3, from the aggregates below `shelf` as far as there are any."""
+    board = [Claim(paper, text, NOT_HERE) for paper, text in ELSEWHERE]
+    for experiment in PAPER:
+        path = shelf / experiment.name / "aggregate.json"
+        board += claims_of(experiment, json.loads(path.read_text(encoding="utf-8")) if path.exists() else None)
+    return board
+
+
+def claims_of(experiment: Experiment, found: Mapping | None) -> list[Claim]:
+    r"""The claims of an experiment with what its aggregate says of them; without one, they are not recorded."""
+    known = {(d["row"], d["rival"]): d for d in (found or {"differences": ()})["differences"]}
+    return [_claim(experiment, pair, known.get(pair)) for pair in experiment.claims]
+
+
+def _claim(experiment: Experiment, pair: tuple[str, str], difference: Mapping | None) -> Claim:
+    name, text = title(experiment.name), f"{pair[0]} over {pair[1]}"
+    key, sign = experiment.outcomes.get(pair, (None, 1))
+    if key:
+        text += f": {'higher' if sign > 0 else 'lower'} {SHORT_CURVES[key]}"
+    if difference is None:
+        return Claim(name, text, NOT_RECORDED, f"python -m dvr1_lite reproduce {experiment.name}")
+    cell, scale = (difference["training"][key], 100 * sign) if key else (difference["mean"], 1)
+    bounds = lambda ends: ends and sorted(scale * end for end in ends)
+    paper = difference.get("published")
+    return Claim(name, text, difference["verdict"], f"python -m dvr1_lite report {experiment.name}",
+                 scale * cell["mean"], bounds(cell["ci_corrected"]), bounds(cell.get("ci_clips")),
+                 cell["detectable"] and abs(scale) * cell["detectable"], cell["n"],
+                 sum(paper.values()) / len(paper) if paper and not key else None)
+
+
+def sentence(claim: Claim) -> str:
+    r"""What became of a claim, with the evidence, in one sentence."""
+    if claim.effect is None:
+        return f"{claim.text}: {claim.verdict}" + (f": {claim.command}" if claim.command else "")
+    parts = [f"{claim.text}: {claim.verdict}, {claim.effect:+.1f} points"]
+    if claim.interval:
+        parts[0] += f" {_interval(claim.interval)} over {claim.seeds} seeds"
+    if claim.by_clip:
+        parts.append(f"{_interval(claim.by_clip)} by clip")
+    if claim.detectable is not None:
+        parts.append(f"a difference of {claim.detectable:.1f} could have been found")
+    if claim.published is not None:
+        parts.append(f"published {claim.published:+.1f}" + (
+            f", which is {'not ' if _inside(claim) else ''}excluded" if claim.verdict == "inconclusive" else ""))
+    return "; ".join(parts)
+
+
+def _inside(claim: Claim) -> bool:
+    return claim.interval[0] <= claim.published <= claim.interval[1]
+
+
+def claims_table(board: Sequence[Claim]) -> str:
+    r"""The scoreboard as Markdown."""
+    lines = ["| paper | claim | verdict | difference | over seeds, corrected | by clip | detectable | seeds | published |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    number = lambda value, form: "-" if value is None else f"{value:{form}}"
+    interval = lambda bounds: _interval(bounds) if bounds else "-"
+    lines += [f"| {c.paper} | {c.text} | {c.verdict} | {number(c.effect, '+.1f')} | {interval(c.interval)} | "
+              f"{interval(c.by_clip)} | {number(c.detectable, '.1f')} | {c.seeds or '-'} | "
+              f"{number(c.published, '+.1f')} |" for c in board]
+    return ("## What became of the paper's claims\n\nIn points, above 0 in favour of the claim; 95 %; see PROTOCOL.md.\n\n"
+            + "\n".join(lines) + "\n")
+
+
 # --- as text ---------------------------------------------------------------------------------------------------------
 
 
@@ -349,12 +442,12 @@ def _lines(found: Mapping) -> str:
 
 
 def report(names: Sequence[str], out: str | Path, tell=print) -> list[Path]:
-    r"""Aggregates recorded runs anew and draws each experiment's figures; returns the files that it wrote.
+    r"""Aggregates recorded runs anew and draws each experiment's figures; returns the figures that it wrote.
 
-    names: experiments; none for all that have an aggregate below `out`. Nothing is trained: the runs are those that
-    `reproduce` named. Raises `ConfigError` if an experiment has no recorded runs.
+    names: experiments; none for all that have an aggregate below `out`, and the paper's claims (`claims.md` and
+    `claims.png`). Nothing is trained: the runs are those that `reproduce` named. Raises `ConfigError` if an experiment has no recorded runs.
     """
-    shelf, written = Path(out), []
+    shelf, written, everything = Path(out), [], not names
     names = list(names) or [name for name in EXPERIMENTS if (shelf / name / "aggregate.json").exists()]
     if not names:
         raise ConfigError(f"{shelf} holds no results: run `python -m dvr1_lite reproduce NAME --out {shelf}` first")
@@ -366,7 +459,17 @@ def report(names: Sequence[str], out: str | Path, tell=print) -> list[Path]:
         used = json.loads(path.read_text(encoding="utf-8"))["runs"]
         tell(save_aggregate(EXPERIMENTS[name], used, recorded, shelf))
         written += draw(json.loads(path.read_text(encoding="utf-8")), shelf / name)
-    return written
+    return written + (draw_claims(shelf) if everything else [])
+
+
+def draw_claims(shelf: Path) -> list[Path]:
+    r"""Writes the scoreboard as `claims.md` and `claims.png`; returns the figure."""
+    from . import plotting
+
+    board = scoreboard(shelf)
+    write_atomically(shelf / "claims.md", claims_table(board))
+    plotting.save(claims_figure(board), shelf / "claims.png")
+    return [shelf / "claims.png"]
 
 
 def draw(found: Mapping, folder: Path) -> list[Path]:
@@ -447,9 +550,13 @@ def differences_figure(found: Mapping):
 
 def _heading(found: Mapping) -> str:
     r"""Such as "Table 4, at equal rollouts: ...?" """
-    name = found["table"]
-    name = f"{name.rstrip('0123456789').capitalize()} {name.lstrip('abcdefghijklmnopqrstuvwxyz')}".strip()
-    return f"{name}, at equal {found['equal']}. {found['question']}"
+    return f"{title(found['table'])}, at equal {found['equal']}. {found['question']}"
+
+
+def title(name: str) -> str:
+    r"""An experiment's name as a heading: "Table 4" for table4, "Hint update" for hint_update."""
+    words = name.rstrip("0123456789").replace("_", " ").capitalize()
+    return f"{words} {name[len(words):]}".strip()
 
 
 def _point(axes, place: float, cell: Mapping, interval: str, style: Mapping) -> None:
@@ -495,3 +602,43 @@ def _dashes(rows: Mapping[str, Mapping]) -> dict[str, Any]:
         found[name] = kinds[used[row["method"]] % len(kinds)]
         used[row["method"]] += 1
     return found
+
+
+def claims_figure(board: Sequence[Claim]):
+    r"""Figure 5: every claim's difference with its corrected interval over seeds (thick) and by clip (thin), the
+    verdict in words beside it; hollow: as published. Right of 0 speaks for the claim."""
+    import matplotlib.pyplot as plt
+
+    from .plotting import STYLE
+
+    ends = [abs(end) for claim in board for end in (*(claim.interval or ()), claim.published or 0)]
+    reach = min(40, 5 + max(ends, default=0))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(10.5, 0.27 * len(board) + 1.6))
+        for place, claim in enumerate(board):
+            _draw_claim(axes, place, claim)
+        axes.axvline(0, color="#222222", linewidth=0.8)
+        axes.set(xlim=(-reach, reach), xlabel="against the claim    <    difference in points    >    for the claim")
+        _name_rows(axes, [f"{claim.paper}: {claim.text}" for claim in board])
+        for place in [i for i, (a, b) in enumerate(zip(board, board[1:])) if a.paper != b.paper]:
+            axes.axhline(place + 0.5, color="#BBBBBB", linewidth=0.6)
+        axes.grid(axis="y", visible=False)
+        figure.suptitle("Claims of the paper, and what became of them here. Thick: 95 % over seeds, corrected. Thin: by "
+                        "clip. Hollow: as published,\nfor other models and data. A bar that leaves the picture goes on.",
+                        fontsize=9)
+    return figure
+
+
+def _draw_claim(axes, place: int, claim: Claim) -> None:
+    colour, marker = VERDICT_LOOK[claim.verdict]
+    told = claim.verdict
+    if claim.effect is not None:
+        _point(axes, place, {"mean": claim.effect, "ci": claim.interval}, "ci", {"color": colour, "marker": marker})
+        if claim.by_clip:
+            axes.plot(claim.by_clip, [place + 0.22] * 2, color=colour, linewidth=0.8)
+        told += f" (n = {claim.seeds}, detects {claim.detectable:.1f})" if claim.detectable is not None else ""
+    if claim.published is not None:
+        axes.plot(claim.published, place, marker="D", markersize=5, fillstyle="none", color="#222222", zorder=3)
+    axes.annotate(told, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8.5, color=colour,
+                  weight="bold" if claim.verdict in ("reproduced", "contradicted") else "normal",
+                  annotation_clip=False)

@@ -274,11 +274,37 @@ def test_report_draws_from_recorded_files_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "fingerprints", lambda config: pytest.fail("report needs no model and no data"))
     told = []
     written = report.report([], tmp_path, told.append)
-    assert {path.name for path in written} == {"accuracy.png", "curves.png", "differences.png"}
+    assert {path.name for path in written} == {"accuracy.png", "curves.png", "differences.png", "claims.png"}
+    assert "Table 4 | Reg-GRPO over GRPO | inconclusive" in (tmp_path / "claims.md").read_text()
     assert all(path.stat().st_size > 5000 for path in written) and "## table4" in told[0]
     figure = report.accuracy_figure(json.loads((tmp_path / "table4" / "aggregate.json").read_text()))
     drawn = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_fillstyle() == "none"]
     assert drawn == [31.3, 39.6, 44.2]  # published: hollow
+
+
+def test_scoreboard_has_every_claim_and_says_what_is_missing(monkeypatch, tmp_path):
+    runs = fake_results(monkeypatch, tmp_path)
+    report.write_aggregate(EXPERIMENTS["table4"], runs, tmp_path)
+    board = report.scoreboard(tmp_path)
+    assert len(board) == 3 + sum(len(experiment.claims) for experiment in experiments.PAPER)
+    assert {claim.paper for claim in board} == {*(f"Table {n}" for n in range(1, 9)), "Figure 3"}
+    [known] = [claim for claim in board if claim.effect is not None]
+    told = report.sentence(known)
+    assert told.startswith("Reg-GRPO over GRPO: inconclusive, +33.3 points [-") and "over 3 seeds" in told
+    assert told.endswith("published +4.0, which is not excluded")  # the mean of 4.6, 3.2 and 4.1
+    missing = next(claim for claim in board if claim.paper == "Table 5")
+    assert report.sentence(missing).endswith("not recorded yet: python -m dvr1_lite reproduce table5")
+    figure = report.claims_figure(board)
+    assert [text.get_text() for text in figure.axes[0].texts].count("not recorded yet") == len(board) - 4
+
+
+def test_a_claim_of_less_points_to_the_right_when_it_is_less():
+    less = {"row": "GRPO + DA", "rival": "GRPO", "verdict": "reproduced", "training": {"vanishing_after": {
+        "mean": -0.1, "ci_corrected": [-0.15, -0.05], "detectable": 0.02, "n": 5}}}
+    claim = report.claims_of(EXPERIMENTS["figure3"], {"differences": [less]})[0]
+    assert claim.effect == pytest.approx(10.0) and claim.interval == pytest.approx([5.0, 15.0])
+    assert claim.detectable == pytest.approx(2.0) and claim.by_clip is None and claim.published is None
+    assert "lower vanishing ratio: reproduced, +10.0 points [5.0, 15.0] over 5 seeds" in report.sentence(claim)
 
 
 def test_report_without_results_says_what_to_do(tmp_path):
