@@ -358,15 +358,16 @@ def _inside(claim: Claim) -> bool:
 
 def claims_table(board: Sequence[Claim]) -> str:
     r"""The scoreboard as Markdown."""
-    lines = ["| paper | claim | verdict | difference | over seeds, corrected | by clip | detectable | seeds | published |",
+    lines = ["| paper | claim | verdict | difference | over seeds, corrected | by clip | detectable | seeds | "
+             "published |",
              "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     number = lambda value, form: "-" if value is None else f"{value:{form}}"
     interval = lambda bounds: _interval(bounds) if bounds else "-"
     lines += [f"| {c.paper} | {c.text} | {c.verdict} | {number(c.effect, '+.1f')} | {interval(c.interval)} | "
               f"{interval(c.by_clip)} | {number(c.detectable, '.1f')} | {c.seeds or '-'} | "
               f"{number(c.published, '+.1f')} |" for c in board]
-    return ("## What became of the paper's claims\n\nIn points, above 0 in favour of the claim; 95 %; see PROTOCOL.md.\n\n"
-            + "\n".join(lines) + "\n")
+    head = "## What became of the paper's claims\n\nIn points, above 0 in favour of the claim; 95 %; see PROTOCOL.md."
+    return "\n".join([head, "", *lines]) + "\n"
 
 
 # --- as text ---------------------------------------------------------------------------------------------------------
@@ -445,7 +446,8 @@ def report(names: Sequence[str], out: str | Path, tell=print) -> list[Path]:
     r"""Aggregates recorded runs anew and draws each experiment's figures; returns the figures that it wrote.
 
     names: experiments; none for all that have an aggregate below `out`, and the paper's claims (`claims.md` and
-    `claims.png`). Nothing is trained: the runs are those that `reproduce` named. Raises `ConfigError` if an experiment has no recorded runs.
+    `claims.png`). Nothing is trained: the runs are those that `reproduce` named. Raises `ConfigError` if an experiment
+    has no recorded runs.
     """
     shelf, written, everything = Path(out), [], not names
     names = list(names) or [name for name in EXPERIMENTS if (shelf / name / "aggregate.json").exists()]
@@ -623,9 +625,9 @@ def claims_figure(board: Sequence[Claim]):
         for place in [i for i, (a, b) in enumerate(zip(board, board[1:])) if a.paper != b.paper]:
             axes.axhline(place + 0.5, color="#BBBBBB", linewidth=0.6)
         axes.grid(axis="y", visible=False)
-        figure.suptitle("Claims of the paper, and what became of them here. Thick: 95 % over seeds, corrected. Thin: by "
-                        "clip. Hollow: as published,\nfor other models and data. A bar that leaves the picture goes on.",
-                        fontsize=9)
+        figure.suptitle("Claims of the paper, and what became of them here. Thick: 95 % over seeds, corrected. Thin: "
+                        "by clip. Hollow:\nas published, for other models and data. A bar that leaves the picture "
+                        "goes on.", fontsize=9)
     return figure
 
 
