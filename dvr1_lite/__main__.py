@@ -467,11 +467,13 @@ def memory_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--available", type=float, metavar="GB", help="Compare with so many 2**30 bytes.")
     parser.add_argument("--text-tokens", type=int, default=memory.TEXT_TOKENS, help="Question, options, instruction.")
     parser.add_argument("--no-image", action="store_true", help="No record has a picture besides its clip.")
+    parser.add_argument("--shards", type=int, default=1, metavar="K", help="Unquantised weights are divided between K "
+                        "processes (configs/accelerate/fsdp.yaml).")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where the prediction goes as JSON.")
     options, rest = parser.parse_known_args(arguments)
     file, _, given = parse_training(rest if options.card is None else [*rest, "--card", str(options.card)])
     config = load_config(file, given)
-    expected = {"image": not options.no_image, "text_tokens": options.text_tokens}
+    expected = {"image": not options.no_image, "text_tokens": options.text_tokens, "shards": options.shards}
     prediction = memory.predict(config, **expected)
     if options.json is not None:
         write_atomically(options.json, json.dumps(memory.as_dict(prediction), indent=1) + "\n")

@@ -179,10 +179,15 @@ def optimizer_bytes(sizes: list[int], optimizer: str, item: int = 4) -> int:
     return 8 * sum(small) + sum(2 * size + 2 * 4 * math.ceil(size / OPTIMIZER_BLOCK) for size in large)
 
 
-def standing_bytes(config: TrainConfig, architecture: Architecture) -> dict[str, int]:
-    r"""What is in memory in every phase, by part."""
+def standing_bytes(config: TrainConfig, architecture: Architecture, shards: int = 1) -> dict[str, int]:
+    r"""What is in memory in every phase, by part; of divided weights one shard and the layer that is whole just now."""
     sizes, item = adapter_shapes(architecture, config.lora_rank), _adapter_item(config)
-    return weight_bytes(architecture, config.quantization, config.dtype) | {
+    weights = weight_bytes(architecture, config.quantization, config.dtype)
+    if shards > 1 and config.quantization == "none":
+        layer = DTYPES[config.dtype].itemsize * architecture.matrix_parameters // architecture.layers
+        weights["language layers"] -= architecture.layers * (layer - math.ceil(layer / shards))
+        weights["one layer whole"] = layer
+    return weights | {
         "adapter": item * sum(sizes), "gradients": item * sum(sizes),
         "optimizer": optimizer_bytes(sizes, config.optimizer, item), "feature cache": config.feature_cache_mb * 2**20}
 
@@ -354,11 +359,13 @@ class Prediction:
 
 
 def predict(config: TrainConfig, architecture: Architecture | None = None, *, image: bool = True,
-            text_tokens: int = TEXT_TOKENS, on_gpu: bool | None = None) -> Prediction:
+            text_tokens: int = TEXT_TOKENS, on_gpu: bool | None = None, shards: int = 1) -> Prediction:
     r"""Predicts the memory of a training run.
 
     image: every record has one more picture (SEED-Bench-R1's observation). text_tokens: of question, options,
     instruction and template. on_gpu: count what CUDA takes; None: if the config's device is one.
+    shards: of how many processes each keeps its part of the language layers' matrices (sharding.py; NF4 ones are never
+    divided).
     """
     m = architecture or architecture_of(config.model)
     sizes = _sizes(config, m, image, text_tokens)
@@ -377,7 +384,7 @@ def predict(config: TrainConfig, architecture: Architecture | None = None, *, im
     if batch:
         phases["evaluate"] = sampling_phase(sizes, batch, config.eval_samples, config.eval_temperature == 0, merged)
     gpu = torch_device(config.device).type == "cuda" if on_gpu is None else on_gpu
-    return Prediction(standing_bytes(config, m), phases, gpu, sizes.prompt)
+    return Prediction(standing_bytes(config, m, shards), phases, gpu, sizes.prompt)
 
 
 def table(prediction: Prediction) -> str:

@@ -364,7 +364,8 @@ class Policy:
     def load(cls, path: str | Path, *, quantization: str = "none", lora: LoraSettings | None = None,
              adapter: str | Path | None = None, dtype: str = "float32", device: str = "cpu", attention: str = "sdpa",
              gradient_checkpointing: bool = False, max_feature_bytes: int = 2**28, merge_bytes: int = 2**28,
-             local_files_only: bool = False, after_video: str = "grid") -> Policy:
+             local_files_only: bool = False, after_video: str = "grid",
+             divide: Callable[[torch.nn.Module], object] | None = None) -> Policy:
         r"""Loads a Qwen2-VL or Qwen2.5-VL checkpoint from a folder or the hub; safetensors only, no remote code.
 
         quantization: "none" or "nf4" (double quantisation; language-model linear layers only). lora: new adapters, or
@@ -373,13 +374,15 @@ class Policy:
         "flash" (its flash kernel wherever no prompt is padded) or "eager" (written out). gradient_checkpointing:
         recompute each layer in the backward pass (exact, slower, less
         memory). max_feature_bytes: see `FeatureCache`; merge_bytes: see `merged`; after_video: see `rope_positions`.
+        divide: called on the model in the computer's memory, before what is left of it goes to the device.
         Raises ModelError naming what cannot be loaded and the remedy.
         """
         _check_options(quantization, dtype, device, attention, after_video)
         local_files_only = _is_folder(path) or local_files_only  # a local folder never waits for the network
         config = _load_config(path, local_files_only)
         config.text_config.attention_dropout = 0.0
-        model = _load_weights(path, config, quantization, dtype, device, attention, local_files_only)
+        first = device if divide is None else "cpu"
+        model = _load_weights(path, config, quantization, dtype, first, attention, local_files_only)
         tokenizer = _load_tokenizer(path, local_files_only)
         preprocessing = _load_preprocessing(path, config, local_files_only)
         model.requires_grad_(False)
@@ -387,6 +390,9 @@ class Policy:
             model = _load_adapter(model, Path(adapter))
         elif lora is not None:
             model = _new_adapter(model, lora, str(path))
+        if divide is not None:
+            divide(model)
+            model.to(device)
         return cls(model, tokenizer, preprocessing, path=str(path), quantization=quantization,
                    gradient_checkpointing=gradient_checkpointing, max_feature_bytes=max_feature_bytes,
                    merge_bytes=merge_bytes, after_video=after_video)

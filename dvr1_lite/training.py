@@ -244,11 +244,11 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, out: Path, checkpoint: Checkpoint | None = None):
         self.config, self.out = config, out
-        check_machine(config)
+        self._check_machine()
         self.records = read_records(resolve(config.train_file), config.data_root)
         self.evaluations = {name: _read_evaluation(config, path) for name, path in config.eval_paths().items()}
         self.view = config.view()
-        self.policy = load_policy(config, checkpoint and checkpoint.adapter)
+        self.policy = self._load_policy(checkpoint and checkpoint.adapter)
         self.accelerator = _make_accelerator(config, out)
         self.optimizer = self.accelerator.prepare(make_optimizer(config, self.policy.trainable()))
         self.objective, self.augmentation = config.objective(), config.augmentation()
@@ -261,6 +261,12 @@ class Trainer:
         self.seconds: dict[str, float] = {}
         self.predictions: dict[str, dict[str, list[dict]]] = {"before": {}, "after": {}}
         self._restore(checkpoint)
+
+    def _check_machine(self) -> None:
+        check_machine(self.config)
+
+    def _load_policy(self, adapter: Path | None) -> Policy:
+        return load_policy(self.config, adapter)
 
     # ------------------------------------------------------------------------------------------------- the whole run
 
@@ -673,8 +679,8 @@ def _flat(line: dict) -> dict[str, float]:
 # --- what a run is made of -------------------------------------------------------------------------------------------
 
 
-def load_policy(config: TrainConfig, adapter: str | Path | None = None) -> Policy:
-    r"""The config's model with new adapters, or with those in the folder `adapter`.
+def load_policy(config: TrainConfig, adapter: str | Path | None = None, divide: Callable | None = None) -> Policy:
+    r"""The config's model with new adapters, or with those in the folder `adapter`. divide: see `Policy.load`.
 
     Raises `ModelError` if one cannot be loaded, `ConfigError` if the frames do not fit the model.
     """
@@ -684,7 +690,7 @@ def load_policy(config: TrainConfig, adapter: str | Path | None = None) -> Polic
         device=config.device, lora=LoraSettings(config.lora_rank, config.lora_alpha, config.seed), adapter=adapter,
         attention=config.attention, gradient_checkpointing=config.gradient_checkpointing,
         max_feature_bytes=config.feature_cache_mb * 2**20, merge_bytes=config.merge_mb * 2**20,
-        local_files_only=config.local_files_only, after_video=config.after_video)
+        local_files_only=config.local_files_only, after_video=config.after_video, divide=divide)
     block = policy.preprocessing["patch_size"] * policy.preprocessing["merge_size"]
     if config.frame_size % block:
         near = max(1, round(config.frame_size / block)) * block
@@ -705,8 +711,8 @@ def make_optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) ->
                 weight_decay=config.weight_decay)
 
 
-def check_machine(config: TrainConfig) -> None:
-    r"""Whether this machine can run the config, asked before anything large is loaded.
+def check_machine(config: TrainConfig, shards: int = 1) -> None:
+    r"""Whether this machine can run the config, asked before anything large is loaded. shards: see `memory.predict`.
 
     Raises `ConfigError` for a GPU with too little memory, naming what to lower, and `ConfigError` or `ModelError` for
     an optimizer that cannot be had here.
@@ -719,7 +725,7 @@ def check_machine(config: TrainConfig) -> None:
         raise ConfigError(f"optimizer: paged-adamw-8bit moves its means between a GPU and the computer's memory, and "
                           f"device is {config.device}: use optimizer: adamw-8bit or adamw, or device: cuda")
     if on_gpu and torch.cuda.is_available() and config.check_memory and memory.is_known(config.model):
-        memory.check_fits(config, memory.device_gb(config.device))
+        memory.check_fits(config, memory.device_gb(config.device), shards=shards)
 
 
 def _read_evaluation(config: TrainConfig, path: str) -> list[Record]:

@@ -13,16 +13,17 @@ import torch
 from safetensors.torch import load_file
 from small_run import small_config, write_world
 
-from dvr1_lite import parallel
+from dvr1_lite import memory, parallel
 from dvr1_lite.config import CONFIGS, to_yaml
 from dvr1_lite.errors import ConfigError
+from dvr1_lite.training import comparable
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("parallel_worker.py")
 LAUNCHES = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 
 
-def launch(config, folder, count, *words) -> None:
+def launch(config, folder, count, *words, divided=False) -> None:
     r"""Runs `count` processes with the environment that `accelerate launch` gives them; all must succeed."""
     file = folder / f"{Path(config.out).name}.yaml"
     file.write_text(to_yaml(config))
@@ -32,7 +33,7 @@ def launch(config, folder, count, *words) -> None:
     shared = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     if count > 1:
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
-                   "ACCELERATE_USE_CPU": "true"}
+                   "ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": str(divided)}
     own = [{"RANK": str(i), "LOCAL_RANK": str(i)} if count > 1 else {} for i in range(count)]
     children = [subprocess.Popen([sys.executable, str(WORKER), str(file), *words], text=True, stderr=subprocess.PIPE,
                                  stdout=subprocess.PIPE, env=shared | mine) for mine in own]
@@ -64,7 +65,8 @@ def world(tmp_path_factory):
 
 def config_for(world, out, **changes):
     return small_config(world, out, **({"prompts_per_step": 4, "quantization": "none", "steps": 3, "history_window": 8,
-                                        "hint_traces": 3} | changes))
+                                        "hint_traces": 3, "micro_batch": 3, "eval_limit": 5, "eval_batch": 2}
+                                       | changes))
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +78,16 @@ def alone(world):
     return config
 
 
-def test_two_processes_make_the_run_of_one(world, alone):
+@pytest.fixture(scope="module")
+def pair(world):
+    r"""The run of two processes, each with the whole model. Of five questions one answers three, one two."""
     config = config_for(world, world / "two")
-    launch(config, world, 2)
+    launch(config, world, 2, "unmerged")
+    return config
+
+
+def test_two_processes_make_the_run_of_one(alone, pair):
+    config = pair
     close(lines(alone), lines(config))
     assert any(line["augmented"] for line in lines(config)) and lines(config)[-1]["grad_norm"] > 0
     torch.testing.assert_close(adapter(config), adapter(alone), rtol=1e-3, atol=1e-5)
@@ -109,11 +118,50 @@ def test_groups_that_cannot_be_shared(world, monkeypatch):
         parallel.TeamTrainer(config_for(world, world / "never"), world / "never")
 
 
-def test_divided_weights_are_refused(world, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigError, match="FSDP, and weights are not divided here.*--multi_gpu --num_processes 2"):
-        parallel.TeamTrainer(config_for(world, world / "never"), world / "never")
+# --- divided weights -------------------------------------------------------------------------------------------------
+
+
+def of_shards(config) -> list[dict]:
+    return [json.loads((Path(config.out) / f"shards_{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_divided_weights_make_the_same_run_to_the_bit(world, pair):
+    config = config_for(world, world / "divided")
+    launch(config, world, 2, "unmerged", divided=True)
+    assert [comparable(line) for line in lines(config)] == [comparable(line) for line in lines(pair)]
+    assert torch.equal(adapter(config), adapter(pair))
+    for name in ("before_L1", "after_L1"):
+        one, two = ((Path(c.out) / "evaluation" / f"{name}.jsonl").read_text() for c in (config, pair))
+        assert one == two and one.count("\n") == 5
+    one, two = of_shards(config)
+    matrices = memory.weight_bytes(memory.architecture_of(config.model), "none", "float32")["language layers"]
+    assert one["bytes"] == two["bytes"] and 0.45 * matrices < one["bytes"] <= 0.5 * matrices  # norms, biases are whole
+    assert one["met"] == two["met"] > max(one["wanted"], two["wanted"])  # the same collectives, and some for the other
+    assert one["wanted"] != two["wanted"]  # they do not walk in step
+
+
+def test_a_run_with_divided_weights_is_resumed_without(world, alone):
+    config = config_for(world, world / "undivided", gradient_checkpointing=True)
+    half = config_for(world, world / "undivided", gradient_checkpointing=True, steps=2, eval_files={})
+    launch(half, world, 2, divided=True)
+    folder = Path(config.out)
+    (folder / "config.yaml").write_text(to_yaml(config))  # as if it had been stopped after its second step
+    (folder / "summary.json").unlink()
+    launch(config, world, 1, "resume")
+    close(lines(alone), lines(config))
+    torch.testing.assert_close(adapter(config), adapter(alone), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("asked", "changes", "told"), [
+    ({"ACCELERATE_USE_FSDP": "true"}, {"quantization": "nf4"}, "nf4 packs weights.*ddp.yaml.*6.4 GB"),
+    ({"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params.*false"),
+    ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DEEPSPEED.*the adapter's only.*fsdp.yaml"),
+])
+def test_what_the_launcher_may_not_ask_for(world, monkeypatch, asked, changes, told):
+    for name, value in ({"WORLD_SIZE": "2"} | asked).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=told):
+        parallel.TeamTrainer(config_for(world, world / "never", **changes), world / "never")
 
 
 def test_interleaving_is_the_order_of_the_records():
