@@ -1,8 +1,7 @@
 r"""One process of a run: python parallel_worker.py CONFIG.yaml [resume] [unmerged].
 
-Completions depend on the prompt alone. unmerged: sampling makes no dense copies of the weights, so that it reads them at every token.
-
-Of divided weights it writes `shards_RANK.json` into the run's folder: bytes kept, layers wanted, layers put together.
+Completions depend on the prompt alone. unmerged: sampling makes no dense copies of the weights, but reads them at every
+token. Of divided weights it writes `shards_RANK.json` into the run's folder: bytes kept, layers wanted, layers put together.
 """
 
 import contextlib

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from small_run import small_config, write_world
 
 from dvr1_lite import memory, parallel
-from dvr1_lite.config import CONFIGS, to_yaml
+from dvr1_lite.config import CONFIGS, card_settings, load_config, to_yaml
 from dvr1_lite.errors import ConfigError
 from dvr1_lite.training import comparable
 
@@ -189,3 +190,61 @@ def test_the_shipped_files_are_packed():
     packed = {path for pattern in patterns for path in CONFIGS.parent.glob(pattern)}
     assert packed == {path for path in CONFIGS.rglob("*") if path.is_file()}
     assert {file.stem for file in LAUNCHES} == {"ddp", "two_machines", "fsdp", "cpu_two"}
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def rows_of_the_page() -> list[str]:
+    r"""The rows and numbers of notebooks/SCALING.md that follow from the models' sizes."""
+    models = [memory.architecture_of(f"Qwen/Qwen2.5-VL-{size}-Instruct") for size in ("3B", "7B")]
+    group, length, prompt, ring, shards, passes = 8, 512, 1446, 8, 4, 512 + 2 + 2 * 4
+    adapters = [memory.adapter_shapes(m, 16) for m in models]
+    both = lambda text, *columns: f"| {text} | " + " | ".join(columns) + " |"
+    each = lambda values, form: [form.format(value) for value in values]
+    told = group * length * (3 * 4 + 1)
+    gradients = [2 * (ring - 1) / ring * 4 * sum(sizes) for sizes in adapters]
+    whole = [2 * m.matrix_parameters for m in models]
+    received = [(shards - 1) / shards * size for size in whole]
+    read = [2 * (m.matrix_parameters + (m.head or m.embeddings)) for m in models]
+    cached = [2 * 2 * m.key_width * m.layers * group * (prompt + length // 2) for m in models]
+    seconds = [length * (a + b) / 2.0e12 for a, b in zip(read, cached)]
+    flop = [2 * (m.matrix_parameters * (prompt + group * length) + (m.head or m.embeddings) * group * length)
+            for m in models]
+    seven = load_config("seed_bench_r1_qwen2_5_vl_7b", card_settings(24, models[1].name) | {"prompts_per_step": 1})
+    plain = replace(seven, quantization="none")
+    needs = [memory.predict(plain, on_gpu=True, shards=k).needed for k in (1, 2, 4, 8)]
+    needs.append(memory.predict(replace(seven, prompts_per_step=4), on_gpu=True).needed)
+    means = [memory.optimizer_bytes(sizes, "adamw") / 1e6 for sizes in adapters]
+    late = [f"{100 * (1 - 0.98**n):.0f} %" for n in (8, 32, 256)]
+    t4 = [memory.predict(load_config(f"seed_bench_r1_{name}", card_settings(16, model) | {"dtype": "float32"}),
+                         on_gpu=True).needed / memory.GB
+          for name, model in (("qwen2_vl_2b", "Qwen/Qwen2-VL-2B-Instruct"), ("qwen2_5_vl_3b", models[0].name))]
+    return [
+        both("log-probs (new, old, reference) and mask of its group, to each other process", "an update",
+             *each([told / 1e6] * 2, "{:.3f} MB")),
+        both("gradient of the adapter (ring, 8 processes)", "an update",
+             *each([g / 1e6 for g in gradients], "{:.0f} MB")),
+        both("**together** (8 processes, two updates)", "a step",
+             *each([2 * (g + 7 * told) / 1e6 for g in gradients], "{:.0f} MB")),
+        both("received a pass", *each([size / 1e9 for size in received], "{:.1f} GB")),
+        both("received a step", *each([passes * size / 1e12 for size in received], "{:.1f} TB")),
+        both("at 300 GB/s (NVLink of an A100)", *each([passes * size / 300e9 for size in received], "{:.0f} s")),
+        both("at 25 GB/s (PCIe 4, 200 Gb/s network)", *each([passes * size / 25e9 for size in received], "{:.0f} s")),
+        "| | " + " | ".join(f"{need / memory.GB:.1f}" for need in needs) + " |",
+        both("weights read for a token (language layers, output head)", *each([x / 1e9 for x in read], "{:.1f} GB")),
+        both("the group's keys and values, completions half written", *each([x / 1e9 for x in cached], "{:.2f} GB")),
+        both("at least, for 512 tokens", *each(seconds, "{:.1f} s")),
+        both("at most, tokens a second", *each([round(group * length / s, -2) for s in seconds], "{:,.0f}")),
+        both("arithmetic of a pass over prompt and completions", *each([x / 1e12 for x in flop], "{:.0f} TFLOP")),
+        both("reference and two updates, 7 passes at 40 % of the peak",
+             *each([7 * x / (0.4 * 312e12) for x in flop], "{:.1f} s")),
+        "{:.0f} MB for the 3B and {:.0f} MB for the 7B".format(*means),
+        "{:.0f} and {:.0f} MB more".format(*(4 * sum(sizes) / 1e6 for sizes in adapters)),
+        "{:.1f} GB for the 3B and {:.1f} GB for the 7B".format(*(size / 1e9 for size in whole)),
+        "in {} of steps, one of 32 in {}, one of 256 in {}".format(*late), "2B needs {:.1f}, 3B {:.1f}".format(*t4)]
+
+
+def test_the_page_says_what_follows_from_the_sizes():
+    page = " ".join((ROOT / "notebooks/SCALING.md").read_text(encoding="utf-8").split())
+    assert [row for row in rows_of_the_page() if row not in page] == []
