@@ -23,6 +23,7 @@ from .files import make_folder, write_atomically
 from .paths import data_folder
 
 POWER = 0.8
+MOST_ROWS = 30  # that are drawn in one figure
 LAST = 0.2  # the share of a run, at its end, whose mean stands for "in the end"
 DRAWN_CURVES = {"vanishing_after": "share of vanishing groups, as trained on",
                 "vanishing": "share of vanishing groups, as sampled",
@@ -475,9 +476,11 @@ def draw_claims(shelf: Path) -> list[Path]:
 
 
 def draw(found: Mapping, folder: Path) -> list[Path]:
-    r"""Writes the figures of one aggregate as PNG files."""
+    r"""Writes the figures of one aggregate as PNG files; none for a grid of more rows than can be read."""
     from . import plotting
 
+    if len(found["rows"]) > MOST_ROWS:
+        return []
     figures = {"accuracy": accuracy_figure(found), "curves": curves_figure(found)}
     if found["differences"]:
         figures["differences"] = differences_figure(found)
