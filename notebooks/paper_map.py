@@ -16,7 +16,7 @@ HEADING = "## 5. The map (Core)"  # of the cell that holds the table
 NOTEBOOKS = {number: name for number, name in (
     ("00", "00_start_here.ipynb"), ("01", "01_grpo_vanishing_advantages.ipynb"),
     ("02", "02_deriving_reg_grpo.ipynb"), ("03", "03_difficulty_aware_augmentation.ipynb"),
-    ("04", "04_qlora_video_llm.ipynb"))}
+    ("04", "04_qlora_video_llm.ipynb"), ("05", "05_reproducing_the_tables.ipynb"))}
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,19 @@ ROWS = (
         "evaluation.test_a_row_for_every_question"),
     Row("table 3", "NExT-GQA (published; reader)", "00", "data.read_records",
         "data.test_next_gqa_rows_with_their_spans"),
-    Row("table 4", "GRPO or Reg-GRPO, with or without augmentation", "00", "experiments.EXPERIMENTS",
+    Row("table 4", "GRPO or Reg-GRPO, with or without augmentation", "05", "experiments.EXPERIMENTS",
         "experiments.test_table4_has_the_rows_and_the_published_figures_of_the_paper"),
-    Row("table 5", "Reg-GRPO and its rivals", "02", "experiments.EXPERIMENTS",
+    Row("table 5", "Reg-GRPO and its rivals", "05", "experiments.EXPERIMENTS",
         "experiments.test_every_experiment_plans_at_equal_budgets"),
-    Row("table 6", "relative or absolute difficulty", "03", "difficulty.RewardHistory",
+    Row("table 6", "relative or absolute difficulty", "05", "difficulty.RewardHistory",
         "difficulty.test_an_absolute_reference_replaces_the_mean_and_nothing_else"),
-    Row("table 7", "hints alone, noise alone, both", "03", "augmentation.plan_augmentation",
+    Row("table 7", "hints alone, noise alone, both", "05", "augmentation.plan_augmentation",
         "augmentation.test_directions"),
-    Row("table 8", "fixed or adaptive scale", "03", "augmentation.plan_augmentation",
+    Row("table 8", "fixed or adaptive scale", "05", "augmentation.plan_augmentation",
         "augmentation.test_a_fixed_scale_has_one_amount_for_all_and_the_same_dead_zone"),
     Row("figure 2", "the augmentation: hints for hard, noise for easy", "03", "augmentation.cut_hint",
         "augmentation.test_a_hint_shows_the_first_words_rounded_up_and_blanks_the_rest"),
-    Row("figure 3", "how many groups vanish while training", "01", "advantages.vanishing_ratio",
+    Row("figure 3", "how many groups vanish while training", "05", "advantages.vanishing_ratio",
         "advantages.test_the_ratio_is_split_into_both_ends"),
     Row("appendix C", "settings", "04", "config.TrainConfig", "training.test_the_papers_settings_that_are_known"),
 )
@@ -101,11 +101,11 @@ def mentions(text: str, paper: str) -> bool:
 def section(row: Row) -> str | None:
     """Number of the section of the row's notebook where it comes first; "" before the first, None if nowhere.
 
-    A cell with the equation's own tag counts before one that only speaks of it.
+    A cell with the equation's own tag, then a heading, counts before one that only speaks of it.
     """
     path = FOLDER / NOTEBOOKS[row.notebook]
     cells = nbformat.read(str(path), as_version=4).cells if path.exists() else []
-    for only_tags in (True, False):
+    for where in (r"\\tag\{[^}]*\}", r"(?m)^##+ .*$", r"(?s).+"):
         current = ""
         for cell in cells:
             if cell.cell_type != "markdown" or cell.source.startswith(HEADING):
@@ -113,8 +113,7 @@ def section(row: Row) -> str | None:
             for part in re.split(r"(?m)^(?=## )", cell.source):
                 heading = re.match(r"## (\d+)\.", part)
                 current = heading[1] if heading else current
-                text = " ".join(re.findall(r"\\tag\{[^}]*\}", part)) if only_tags else part
-                if mentions(text, row.paper):
+                if mentions(" ".join(re.findall(where, part)), row.paper):
                     return current
     return None
 

@@ -16,7 +16,7 @@ from dvr1_lite.video import patchify
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 GUIDE, QUIZ, ANSWERS = FOLDER / "INSTRUCTORS.md", FOLDER / "QUIZ.md", FOLDER / "solutions/QUIZ_ANSWERS.md"
-NOTEBOOKS = pytest.mark.parametrize("path", sorted(FOLDER.glob("0[0-4]_*.ipynb")), ids=lambda path: path.stem)
+NOTEBOOKS = pytest.mark.parametrize("path", sorted(FOLDER.glob("0[0-5]_*.ipynb")), ids=lambda path: path.stem)
 CITATION = re.compile(r'\[(\d\d), section (\d+)\]\(([^)]+)\)(?:, cell "([^"]+)")?')
 
 
@@ -64,7 +64,7 @@ def test_every_misconception_names_its_cell():
 def test_every_core_section_has_a_question():
     discussed = GUIDE.read_text(encoding="utf-8").split("## Questions for discussion")[1].split("\n## ")[0]
     asked = {(notebook, section) for notebook, section, *_ in CITATION.findall(" ".join(discussed.split()))}
-    for path in FOLDER.glob("0[0-4]_*.ipynb"):
+    for path in FOLDER.glob("0[0-5]_*.ipynb"):
         for cell in nbformat.read(path, as_version=4).cells:
             for section, title in re.findall(r"(?m)^## (\d+)\. (.*\(Core\))", cell.source):
                 listed = re.search("glossary|The map|How to read", title)  # look-up sections
