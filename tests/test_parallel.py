@@ -38,7 +38,11 @@ def launch(config, folder, count, *words, divided=False) -> None:
     own = [{"RANK": str(i), "LOCAL_RANK": str(i)} if count > 1 else {} for i in range(count)]
     children = [subprocess.Popen([sys.executable, str(WORKER), str(file), *words], text=True, stderr=subprocess.PIPE,
                                  stdout=subprocess.PIPE, env=shared | mine) for mine in own]
-    told = [child.communicate(timeout=240)[1] for child in children]
+    try:
+        told = [child.communicate(timeout=240)[1] for child in children]
+    finally:
+        for child in children:
+            child.kill()
     assert [child.returncode for child in children] == [0] * count, "\n".join(told)[-4000:]
 
 
@@ -101,18 +105,6 @@ def test_two_processes_make_the_run_of_one(alone, pair):
     assert len(list((Path(config.out) / "checkpoints").iterdir())) == config.keep_checkpoints
 
 
-def test_a_run_of_two_is_resumed_by_one(world, alone):
-    config = config_for(world, world / "resumed")
-    half = config_for(world, world / "resumed", steps=2, eval_files={})
-    launch(half, world, 2)
-    folder = Path(config.out)
-    (folder / "config.yaml").write_text(to_yaml(config))  # as if it had been stopped after its second step
-    (folder / "summary.json").unlink()
-    launch(config, world, 1, "resume")
-    close(lines(alone), lines(config))
-    torch.testing.assert_close(adapter(config), adapter(alone), rtol=1e-3, atol=1e-5)
-
-
 def test_groups_that_cannot_be_shared(world, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match="prompts_per_step is 4 and there are 3 processes"):
@@ -141,7 +133,7 @@ def test_divided_weights_make_the_same_run_to_the_bit(world, pair):
     assert one["wanted"] != two["wanted"]  # they do not walk in step
 
 
-def test_a_run_with_divided_weights_is_resumed_without(world, alone):
+def test_a_run_of_two_with_divided_weights_is_resumed_by_one_without(world, alone):
     config = config_for(world, world / "undivided", gradient_checkpointing=True)
     half = config_for(world, world / "undivided", gradient_checkpointing=True, steps=2, eval_files={})
     launch(half, world, 2, divided=True)
