@@ -1,14 +1,22 @@
 r"""The command line: `python -m dvr1_lite COMMAND`, each command one function; `COMMAND --help` lists its options.
 
-What a user can mend ends in one message on stderr and exit status 2.
+What a user can fix ends in one message on stderr and exit status 2.
 """
+
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 11):  # before anything that an older Python cannot import
+    sys.exit("error: dvr1_lite needs Python 3.11 or later, this is " + sys.version.split()[0] +
+             ": create the environment with a newer one, such as python3.12 -m venv .venv")
 
 import argparse
 import difflib
 import json
 import os
+import re
 import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,17 +24,23 @@ from pathlib import Path
 from .errors import ConfigError, UserError
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell
+SMALL_MODEL_BYTES = 100e6  # weights below which one thread is fastest
 
 
 class Parser(argparse.ArgumentParser):
-    r"""Reports a wrong option as a `ConfigError`, like every other mistake, and takes no abbreviations."""
+    r"""Reports a wrong option as a `ConfigError` with a near match, and takes no abbreviations."""
 
-    def __init__(self, command: str, description: str):
-        super().__init__(prog=f"python -m dvr1_lite {command}", description=description, allow_abbrev=False,
+    def __init__(self, command: Callable, name: str | None = None):
+        name = name or command.__name__.removesuffix("_command")
+        super().__init__(prog=f"python -m dvr1_lite {name}", description=command.__doc__, allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message: str):
-        raise ConfigError(f"{message}; `{self.prog} --help` lists the options")
+        known = [option for action in self._actions for option in action.option_strings]
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        near = difflib.get_close_matches(unknown[1], known, n=1) if unknown else []
+        hint = f"did you mean {near[0]}?" if near else f"`{self.prog} --help` lists the options"
+        raise ConfigError(f"{message}; {hint}")
 
 
 # --- train -----------------------------------------------------------------------------------------------------------
@@ -35,68 +49,89 @@ class Parser(argparse.ArgumentParser):
 def train_command(arguments: Sequence[str]) -> int:
     r"""Train with reinforcement, evaluate before and after, and draw figures."""
     from .config import load_config
-    from .training import quiet_libraries, train
+    from .files import resolve
+    from .lab.plotting import draw_run
+    from .lab.variants import trainer_class
+    from .loading import quiet_libraries
+    from .run import check_folder, train
+    from .scale.datasets import read_any
 
     config_file, resume, overrides = parse_training(arguments)
     if resume is not None:
         if config_file or overrides:
-            given = ", ".join(overrides) or "config"
-            raise ConfigError(f"--resume keeps the run's own config: leave out {given}")
+            raise ConfigError(f"--resume keeps the run's own config: leave out {', '.join(overrides) or 'config'}")
         if not (Path(resume) / "config.yaml").is_file():
             raise ConfigError(f"{resume} holds no run to resume (no config.yaml): give the folder of an earlier --out")
         config_file, overrides = Path(resume) / "config.yaml", {"out": str(resume)}
     config = load_config(config_file, overrides)
+    check_folder(config, Path(config.out), resume is not None)
+    check_machine(config)
+    records = read_any(resolve(config.train_file), config.data_root)
+    evaluations = {name: read_any(resolve(path), config.data_root) for name, path in config.eval_paths().items()}
     quiet_libraries()
-    summary = train(config, resume=resume is not None)
+    main = os.environ.get("RANK", "0") == "0"  # of several processes, the first one reports
+    if main:
+        print(set_threads(config.threads, config), file=sys.stderr)
+        print_notes([*records, *(record for found in evaluations.values() for record in found)], config)
+    else:
+        set_threads(config.threads, config)
+    summary = train(config, records, evaluations, trainer=trainer_class(config), resume=resume is not None)
     if not summary["complete"]:
         return INTERRUPTED
-    if os.environ.get("RANK", "0") != "0":  # one of several processes; the first one tells
+    if not main:
         return 0
+    figures = draw_run(config, summary, evaluations) if config.figures else []
     print(changes_table(summary))
     print(f"{summary['rollouts']} rollouts, {summary['updates']} updates, "
           f"{sum(summary['seconds'].get(k, 0) for k in ('total', 'evaluation_before', 'evaluation_after')):.0f} s, "
           f"peak memory {summary['peak_memory_gb']:.1f} GB; everything is in {config.out}")
+    if figures:
+        print("figures: " + ", ".join(map(str, figures)))
+    if summary["step"]:
+        print(f"next: python -m dvr1_lite ask --adapter {config.out} --clip FILE.mp4 --question \"...\"")
     return 0
 
 
 def parse_training(arguments: Sequence[str]) -> tuple[str | None, str | None, dict]:
-    r"""(config file, folder to resume, overrides) of the train command; every field of the config is an option."""
+    r"""Parse (config file, folder to resume, overrides) of the train command; every config field is an option."""
+    import dataclasses
+
     from transformers import HfArgumentParser
 
-    from .config import PARTS, TrainConfig, card_settings, field_types, read_yaml, unknown_keys
+    from .config import PARTS, TrainConfig, card_settings, check_keys, read_yaml
+    from .settings import field_types
 
     class TrainParser(Parser, HfArgumentParser):
         def __init__(self):
-            Parser.__init__(self, "train", train_command.__doc__)
+            Parser.__init__(self, train_command)
             self.add_argument("--config", metavar="FILE.yaml", help="Config file, or the name of a shipped one; "
                               "options given here override it.")
             self.add_argument("--card", type=int, metavar="GB", help="Settings for a GPU with 16, 24 or 80 GB.")
-            self.add_argument("--resume", metavar="DIR", help="Go on with the run in this folder.")
+            self.add_argument("--resume", metavar="DIR", help="Continue the run in this folder.")
             self.dataclass_types = [TrainConfig]
             self._add_dataclass_arguments(TrainConfig)
 
-    parser = TrainParser()
+        def add_argument(self, *names, at_least=None, above=None, below=None, **options):
+            return super().add_argument(*names, **options)  # ranges are the config's business
+
+    parser, kinds = TrainParser(), field_types(TrainConfig)
     parser.usage = "%(prog)s [--config FILE.yaml | --resume DIR] [--FIELD VALUE ...]"
-    part = parser._optionals
-    for action in list(part._group_actions):
-        if action.dest in PARTS:
-            part = parser.add_argument_group(PARTS[action.dest])
-        if part is not parser._optionals:  # listed below its part's name
+    for title, part in PARTS.items():  # each option below its part's title
+        group, names = parser.add_argument_group(title), {field.name for field in dataclasses.fields(part)}
+        for action in [a for a in parser._optionals._group_actions if a.dest in names]:
             parser._optionals._group_actions.remove(action)
-            part._group_actions.append(action)
+            group._group_actions.append(action)
+    for action in parser._actions:
+        kind, optional = kinds.get(action.dest, (None, False))
+        action.type = _or_none(kind) if optional else action.type
+        action.nargs = "*" if action.nargs == "+" else action.nargs
         if action.option_strings[0].startswith("--no_"):
             action.help = f"The same as --{action.dest} false."
-    for action in parser._actions:
-        kind, optional = field_types().get(action.dest, (None, False))
-        if optional:
-            action.type = _or_none(kind)
-        if action.nargs == "+":
-            action.nargs = "*"
     unset = object()
     parsed, unknown = parser.parse_known_args(
         arguments, argparse.Namespace(**{action.dest: unset for action in parser._actions if action.dest != "help"}))
     for word in unknown:
-        unknown_keys([word.lstrip("-").partition("=")[0].replace("-", "_")], extra=("config", "resume", "card"))
+        check_keys([word.lstrip("-").partition("=")[0].replace("-", "_")], extra=("config", "resume", "card"))
     given = {name: value for name, value in vars(parsed).items() if value is not unset}
     if "card" in given:
         file = {} if given.get("config") is None else read_yaml(given["config"])
@@ -112,15 +147,88 @@ def _or_none(kind: type) -> Callable[[str], object]:
     return convert
 
 
+def set_threads(threads: int | None, config=None) -> str:
+    r"""Set torch's threads and say which: as asked, OMP_NUM_THREADS, or 1 where the model is so small that more threads
+    only wait for each other."""
+    import torch
+
+    from .files import resolve
+
+    if threads is None and "OMP_NUM_THREADS" not in os.environ and config is not None and config.device == "cpu":
+        weights = list(resolve(config.model).glob("*.safetensors")) if resolve(config.model).is_dir() else []
+        if weights and sum(path.stat().st_size for path in weights) < SMALL_MODEL_BYTES:
+            threads = 1
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"--threads is {threads}: give 1 or more")
+        torch.set_num_threads(threads)
+    count = torch.get_num_threads()
+    return f"computing with {count} thread{'s' * (count > 1)} (--threads or OMP_NUM_THREADS changes that)"
+
+
+def check_machine(config) -> None:
+    r"""Check, before anything large is loaded, that this machine can run the config. Raises `UserError`."""
+    import importlib.util
+
+    import torch
+
+    from .errors import ModelError
+    from .loading import check_hardware
+    from .scale import memory
+
+    device = check_hardware(config.quantization, config.dtype, config.device)
+    if config.optimizer != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(f"optimizer: {config.optimizer} needs bitsandbytes, which is not installed: pip install "
+                         f"bitsandbytes, or use optimizer: adamw")
+    if config.optimizer == "paged-adamw-8bit" and device.type != "cuda":
+        raise ConfigError(f"optimizer: paged-adamw-8bit moves its moments between a GPU and the computer's memory, and "
+                          f"device is {config.device}: use optimizer: adamw-8bit or adamw, or device: cuda")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        if config.check_memory and memory.is_known(config.model):
+            memory.check_fits(config, memory.device_gb(config.device))
+
+
+def print_notes(records: Sequence, config, tokenizer=None) -> None:
+    r"""Print to stderr what of these records the model cannot know or see well; nothing if all is well."""
+    from .data import prompt_text
+    from .errors import ClipError
+    from .files import resolve
+    from .loading import load_tokenizer, unknown_words
+    from .decoding import probe_clip
+
+    model = resolve(config.model)
+    tokenizer = tokenizer or load_tokenizer(model if model.exists() else config.model, config.local_files_only)
+    words = unknown_words(tokenizer, *{prompt_text(record) for record in records})
+    if words:
+        more = f" and {len(words) - 8} more words" if len(words) > 8 else ""
+        print(f"note: the model has never seen {', '.join(words[:8])}{more}; do not expect much of its answers",
+              file=sys.stderr)
+    side, clips = config.frame_size, list(dict.fromkeys(record.clip for record in records if record.clip))
+    for clip in clips[::-(-len(clips) // 10) or 1]:  # ten of them, evenly drawn
+        try:
+            probe = probe_clip(clip)
+        except ClipError:
+            continue  # named where it is read
+        if probe.width * probe.height > 4 * side**2 or probe.duration > 4 * config.num_frames:
+            print(f"note: {clip} ({probe.width} x {probe.height} pixels, {probe.duration:.1f} s) is shown to the model "
+                  f"as {config.num_frames} frames of {side} x {side}; small or short things may not be visible "
+                  f"(--num-frames, --frame-size; the model must be trained for them)", file=sys.stderr)
+            return
+
+
 def changes_table(summary: dict) -> str:
-    r"""Accuracy before and after for each evaluation, with the paired change, all in per cent."""
+    r"""List accuracy before and after for each evaluation, with the paired change, all in per cent."""
     lines = []
-    for name, change in summary["change"].items():
-        before, after = summary["before"][name], summary["after"][name]
+    for name, after in (summary["after"] or summary["before"]).items():
+        if name not in summary["change"]:
+            lines.append(f"{name}: {100 * after['accuracy']:.1f} % (n = {after['n']}, {after['clips']} clips)")
+            continue
+        before, change = summary["before"][name], summary["change"][name]
         low, high = (100 * bound for bound in change["ci95"])
         lines.append(f"{name}: {100 * before['accuracy']:.1f} -> {100 * after['accuracy']:.1f} %, change "
                      f"{100 * change['change']:+.1f} [{low:+.1f}, {high:+.1f}] points (95 %, paired, by clip; n = "
-                     f"{after['n']}), format {100 * after['format_rate']:.1f} %")
+                     f"{after['n']} on {after['clips']} clips), format {100 * after['format_rate']:.1f} %")
     return "\n".join(lines) or "no evaluation files: nothing was evaluated"
 
 
@@ -128,14 +236,14 @@ def changes_table(summary: dict) -> str:
 
 
 def evaluate_command(arguments: Sequence[str]) -> int:
-    r"""Answer the questions of a file and report accuracy with intervals; continues what an earlier call began."""
-    from .data import read_records
-    from .evaluation import evaluate, summarise
-    from .files import write_atomically
-    from .paths import resolve
-    from .training import limited, versions
+    r"""Answer the questions of a file and report accuracy with intervals; resumes what an earlier call began."""
+    from .evaluation import evaluate, limited, summarise
+    from .files import resolve, write_atomically
+    from .loading import quiet_libraries
+    from .run import load_policy, versions
+    from .scale.datasets import read_any
 
-    parser = Parser("evaluate", evaluate_command.__doc__)
+    parser = Parser(evaluate_command)
     _add_policy_options(parser)
     parser.add_argument("--data", required=True, metavar="FILE", help="Records: JSONL, JSON or CSV.")
     parser.add_argument("--data-root", metavar="DIR", help="Folder that clip paths start from; none: the file's own.")
@@ -146,14 +254,16 @@ def evaluate_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch", type=int, default=256, help="Questions answered together.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of sampling.")
     options = parser.parse_args(arguments)
-    _check_counts(options)
-    out, started = Path(options.out), time.perf_counter()
-    records = limited(read_records(resolve(options.data), options.data_root), options.limit)
-    config, policy = _load(options)
-    _claim(out, {**vars(options), "out": None, "model": config.model})
-    rows = evaluate(policy, records, view=config.view(), max_new_tokens=config.max_new_tokens, batch=options.batch,
-                    temperature=options.temperature, seed=options.seed, samples=options.samples,
-                    out=out / "predictions.jsonl", progress=True)
+    overrides = {"eval_limit": options.limit, "eval_temperature": options.temperature, "eval_batch": options.batch,
+                 "eval_samples": options.samples, "seed": options.seed, "out": options.out}
+    config, out, started = _policy_config(options, overrides), Path(options.out), time.perf_counter()
+    records = limited(read_any(resolve(options.data), options.data_root), options.limit)
+    _claim(out, {**vars(options), "out": None, "model": config.model, "threads": None})
+    print(set_threads(options.threads, config), file=sys.stderr)
+    quiet_libraries()
+    policy = load_policy(config, options.adapter)
+    print_notes(records, config, policy.tokenizer)
+    rows = evaluate(policy, records, config, out=out / "predictions.jsonl", progress=True)
     summary = summarise(rows) | {"seconds": round(time.perf_counter() - started, 1), "seed": options.seed,
                                  "versions": versions()}
     write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -162,18 +272,18 @@ def evaluate_command(arguments: Sequence[str]) -> int:
 
 
 def accuracy_table(summary: dict) -> str:
-    r"""Accuracy in per cent with its interval, for all questions and by type, and what else was measured."""
+    r"""List accuracy in per cent with its interval, for all questions and by type, and what else was measured."""
     rows = [("all", summary), *summary["by_type"].items()]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {100 * cell['accuracy']:5.1f} % [{100 * cell['ci95'][0]:.1f}, "
-             f"{100 * cell['ci95'][1]:.1f}]  n = {cell['n']}" for name, cell in rows]
+             f"{100 * cell['ci95'][1]:.1f}]  n = {cell['n']} on {cell['clips']} clips" for name, cell in rows]
     lines.append(f"format {100 * summary['format_rate']:.1f} %, {summary['broken']} questions with a broken clip")
     if "mean_iou" in summary:
         recall = ", ".join(f"R@{m} {100 * share:.1f} %" for m, share in summary["recall"].items())
         lines.append(f"mean IoU {summary['mean_iou']:.3f}, {recall}")
     if "acc_gqa" in summary:
         low, high = (100 * bound for bound in summary["acc_gqa_ci95"])
-        lines.append(f"right and grounded (Acc@GQA, IoP >= 0.5) {100 * summary['acc_gqa']:.1f} % "
+        lines.append(f"correct and grounded (Acc@GQA, IoP >= 0.5) {100 * summary['acc_gqa']:.1f} % "
                      f"[{low:.1f}, {high:.1f}], mean IoP {summary['mean_iop']:.3f}")
     return "\n".join(lines)
 
@@ -181,23 +291,27 @@ def accuracy_table(summary: dict) -> str:
 def ask_command(arguments: Sequence[str]) -> int:
     r"""Ask the base model, or one that you trained, about a clip; prints its trace and its answer."""
     from .data import Record, prompt_text, with_option
-    from .evaluation import see
+    from .loading import quiet_libraries
+    from .policy import encode_record
     from .rewards import parse_completion
     from .rollout import sample_groups
+    from .run import load_policy
 
-    parser = Parser("ask", ask_command.__doc__)
+    parser = Parser(ask_command)
     _add_policy_options(parser)
     parser.add_argument("--clip", required=True, metavar="FILE", help="A video file.")
     parser.add_argument("--question", required=True, help="What you want to know.")
     parser.add_argument("--options", nargs="*", default=[], metavar="TEXT", help="Answers to choose from.")
     options = parser.parse_args(arguments)
-    config, policy = _load(options)
-    record = Record("ask", options.question, tuple(options.options), "",
-                    "multiple choice" if options.options else "exact", "ask", Path(options.clip))
-    prompt = policy.prompt(prompt_text(record, instruction=config.instruction), see(policy, record, config.view()))
-    unknown = policy.unknown_words(options.question, *options.options)
-    if unknown:
-        print(f"note: the model has never seen {', '.join(unknown)}; do not expect much of its answer", file=sys.stderr)
+    config = _policy_config(options)
+    set_threads(options.threads, config)
+    quiet_libraries()
+    policy = load_policy(config, options.adapter)
+    choices = tuple(re.sub(r"^\s*\(?[A-Z][.):]+\s+", "", choice) for choice in options.options)  # "A. circle"
+    record = Record("ask", options.question, choices, "", "multiple choice" if choices else "exact", "ask",
+                    Path(options.clip))
+    print_notes([record], config, policy.tokenizer)
+    prompt = policy.prompt(prompt_text(record, instruction=config.instruction), encode_record(policy, record, config))
     text = sample_groups(policy, [prompt], 1, config.max_new_tokens, greedy=True).texts[0][0]
     found = parse_completion(text)
     if not found.well_formed:
@@ -209,36 +323,29 @@ def ask_command(arguments: Sequence[str]) -> int:
 
 
 def _add_policy_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--adapter", metavar="DIR", help="Adapter that training wrote; none: the base model.")
+    parser.add_argument("--adapter", metavar="DIR", help="A run's folder or its adapter; none: the base model.")
     parser.add_argument("--config", metavar="FILE.yaml", help="Config of model, frames and prompt; none: that of the "
                         "run the adapter is from, or the defaults.")
     parser.add_argument("--model", help="Base model; none: the config's.")
     parser.add_argument("--device", help="cpu or cuda; none: the config's.")
+    parser.add_argument("--threads", type=int, help="Threads on a CPU; none: what is fastest for the model.")
 
 
-def _load(options: argparse.Namespace):
-    r"""The config that applies and the policy of `--adapter`, or the base model."""
+def _policy_config(options: argparse.Namespace, overrides: dict | None = None):
+    r"""Load the config that applies to `--adapter`, or to the base model."""
     from .config import load_config
-    from .training import load_policy, quiet_libraries
 
     file = options.config
     if file is None and options.adapter is not None:
-        above = [folder / "config.yaml" for folder in list(Path(options.adapter).resolve().parents)[:3]]
+        adapter = Path(options.adapter).resolve()
+        above = [folder / "config.yaml" for folder in [adapter, *adapter.parents][:4]]
         file = next((path for path in above if path.is_file()), None)
-    overrides = {name: getattr(options, name) for name in ("model", "device") if getattr(options, name) is not None}
-    config = load_config(file, overrides)
-    quiet_libraries()
-    return config, load_policy(config, options.adapter)
-
-
-def _check_counts(options: argparse.Namespace) -> None:
-    for name, least in (("limit", 0), ("temperature", 0), ("samples", 1), ("batch", 1), ("seed", 0)):
-        if not getattr(options, name) >= least:
-            raise ConfigError(f"--{name} is {getattr(options, name)}: give {least} or more")
+    given = {name: getattr(options, name) for name in ("model", "device") if getattr(options, name) is not None}
+    return load_config(file, given | (overrides or {}))
 
 
 def _claim(out: Path, settings: dict) -> None:
-    r"""Marks a folder as that of one evaluation; refuses one that holds another. Raises `ConfigError`."""
+    r"""Mark a folder as that of one evaluation; refuse one that holds another. Raises `ConfigError`."""
     from .files import make_folder, write_atomically
 
     path = out / "evaluation.json"
@@ -258,8 +365,8 @@ def _claim(out: Path, settings: dict) -> None:
 
 def data_command(arguments: Sequence[str]) -> int:
     r"""Build ToyVideoQA, clips and records, from a seed."""
-    options = _seed_and_folder("data", data_command.__doc__, arguments)
-    from .toy import build_dataset
+    options = _seed_and_folder(data_command, arguments)
+    from .toy.world import build_dataset
 
     manifest = build_dataset(options.out, options.seed)
     for name, split in manifest["splits"].items():
@@ -269,27 +376,27 @@ def data_command(arguments: Sequence[str]) -> int:
 
 def pretrain_command(arguments: Sequence[str]) -> int:
     r"""Build the tiny base model from a seed and examine it (about half an hour on 2 cores)."""
-    options = _seed_and_folder("pretrain", pretrain_command.__doc__, arguments)
-    from . import acceptance
+    options = _seed_and_folder(pretrain_command, arguments)
     from .config import TrainConfig
     from .data import read_records
-    from .paths import resolve
+    from .files import resolve
     from .policy import Policy
-    from .pretraining import Recipe, pretrain
+    from .toy import examination
+    from .toy.recipe import Recipe, pretrain
 
     config = TrainConfig()
     records = read_records(resolve(config.train_file))
     facts = pretrain(options.out, Recipe(seed=options.seed))
     print(f"{facts['parameters']} parameters in {options.out}, {facts['minutes']} minutes")
-    found = acceptance.examine(Policy.load(options.out), records, num_frames=config.num_frames,
-                               max_new_tokens=config.max_new_tokens)
-    acceptance.write(found, options.out)
-    print(acceptance.as_table(found))
+    found = examination.examine(Policy.load(options.out), records, num_frames=config.num_frames,
+                                max_new_tokens=config.max_new_tokens)
+    examination.write(found, options.out)
+    print(examination.as_table(found))
     return 0
 
 
-def _seed_and_folder(command: str, description: str, arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(command, description)
+def _seed_and_folder(command: Callable, arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(command)
     parser.add_argument("--seed", type=int, default=0, help="0 gives what the repository ships.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="A new or empty folder.")
     options = parser.parse_args(arguments)
@@ -298,18 +405,20 @@ def _seed_and_folder(command: str, description: str, arguments: Sequence[str]) -
     return options
 
 
-# --- reproduce and report --------------------------------------------------------------------------------------------
+# --- reproduce, report, bench ----------------------------------------------------------------------------------------
 
 
 def reproduce_command(arguments: Sequence[str]) -> int:
-    r"""Make the runs of a table of the paper, with seeds; goes on where an earlier call stopped."""
-    from .experiments import EXPERIMENTS, GROUPS, reproduce, rerun
+    r"""Make the runs of a table of the paper, with seeds; resumes where an earlier call stopped."""
+    from .lab.report import save_aggregate
+    from .lab.runner import reproduce, rerun
+    from .lab.tables import EXPERIMENTS, GROUPS
 
-    parser = Parser("reproduce", reproduce_command.__doc__)
+    parser = Parser(reproduce_command)
     parser.add_argument("name", nargs="?", metavar="NAME", help=f"One of {', '.join([*EXPERIMENTS, *GROUPS])}.")
     parser.add_argument("--seeds", type=int, help="Runs of each row; none: what the protocol says.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs made at the same time, one core each.")
-    parser.add_argument("--quick", action="store_true", help="One seed, a few steps and questions: does it work?")
+    parser.add_argument("--quick", action="store_true", help="One seed, a few steps and questions: a trial.")
     parser.add_argument("--out", default="data/results", metavar="DIR", help="Where results are recorded.")
     parser.add_argument("--rerun", metavar="FILE.json", help="Make this recorded run again, below runs/, and compare.")
     options = parser.parse_args(arguments)
@@ -320,115 +429,97 @@ def reproduce_command(arguments: Sequence[str]) -> int:
         raise ConfigError("give the NAME of an experiment or --rerun FILE.json, and not both")
     if options.rerun:
         return 0 if rerun(options.rerun, Path("runs") / "rerun") else 1
-    return 1 if reproduce(options.name, options.out, options.seeds, options.jobs, options.quick) else 0
+    made = reproduce(options.name, options.out, options.seeds, options.jobs, options.quick)
+    for name, used in made.used.items():
+        print(save_aggregate(EXPERIMENTS[name], used, made.results))
+    print(f"recorded in {made.results}; to draw figures: python -m dvr1_lite report {' '.join(made.used)} --out "
+          f"{made.results}")
+    return 1 if made.failed else 0
 
 
 def report_command(arguments: Sequence[str]) -> int:
     r"""Draw recorded results beside the published figures; trains nothing."""
-    from .report import report
+    from .lab.report import report
+    from .lab.tables import EXPERIMENTS
 
-    parser = Parser("report", report_command.__doc__)
+    parser = Parser(report_command)
     parser.add_argument("names", nargs="*", metavar="NAME", help="Experiments; none: all that have results.")
     parser.add_argument("--out", default="data/results", metavar="DIR", help="Where results are recorded.")
     options = parser.parse_args(arguments)
-    written = report(options.names, options.out)
-    print("\n".join(str(path) for path in written))
+    for name in options.names:
+        check_name("experiment", name, EXPERIMENTS)
+    print("\n".join(str(path) for path in report(options.names, options.out)))
     return 0
 
 
-# --- bench -----------------------------------------------------------------------------------------------------------
-
-
 def bench_command(arguments: Sequence[str]) -> int:
-    r"""Measure seconds and memory of a training step, beside a repeated prompt and TRL; or profile the default run."""
-    from . import bench, profiling
-    from .files import make_folder, write_atomically
+    r"""Measure the seconds of a training step (and memory on a GPU) beside one that repeats the prompt."""
+    from .lab import bench
+    from .loading import quiet_libraries
 
-    options = _bench_parser().parse_args(arguments)
-    _use_threads(options.threads)
-    if options.profile:
-        if options.profile_steps < 1:
-            raise ConfigError(f"--profile-steps is {options.profile_steps}: give 1 or more")
-        found = profiling.profile(options.profile_steps, {"device": options.device})
-        for path, text in ((options.json, json.dumps(found, indent=1)), (options.table, profiling.as_table(found))):
-            if path is not None:
-                make_folder(path.parent)
-                write_atomically(path, text + "\n")
-        print(profiling.as_table(found))
-        return 0
-    kinds = bench.kinds(options.device, options.model)
-    plan = bench.Plan(tuple(options.frames), tuple(options.group_size),
-                      options.completion_tokens or bench.completion_tokens(kinds[0]), tuple(options.inner_updates),
-                      options.size, options.repeats, tuple(options.ways), options.micro_batch)
-    result, stopped = bench.bench(kinds, plan, command=shlex.join(["python", "-m", "dvr1_lite", "bench", *arguments]),
+    parser = Parser(bench_command)
+    parser.add_argument("--frames", type=int, nargs="+", default=[8, 16, 32], metavar="N", help="Frames of the clip.")
+    parser.add_argument("--group-size", type=int, nargs="+", default=[4, 8, 16], metavar="G",
+                        help="Completions of the prompt.")
+    parser.add_argument("--completion-tokens", type=int, default=64, metavar="T", help="Length of every completion.")
+    parser.add_argument("--inner-updates", type=int, nargs="+", default=[1, 4], metavar="K", help="Updates of the "
+                        "weights a step: the grid is made with the first number, its middle with the others too.")
+    parser.add_argument("--size", type=int, default=252, help="Height and width of the frames in pixels.")
+    parser.add_argument("--repeats", type=int, default=5, help="Rounds that the medians are of, after one to warm up.")
+    parser.add_argument("--ways", nargs="+", default=list(bench.WAYS), choices=bench.WAYS, help="What is measured.")
+    parser.add_argument("--micro-batch", type=int, help="Completions in one pass of the shared way; none: all.")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for bfloat16 and NF4.")
+    parser.add_argument("--model", choices=bench.SHAPES, help="Random model; none: tiny on a CPU, 3B on a GPU.")
+    parser.add_argument("--threads", type=int, help="Threads of torch; none: torch's own choice.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Where the result goes, after every setting anew.")
+    parser.add_argument("--table", type=Path, metavar="FILE.md", help="Where the table goes too.")
+    parser.add_argument("--note", default="", help="A line for the table: what else the machine was doing.")
+    options = parser.parse_args(arguments)
+    set_threads(options.threads)
+    quiet_libraries()
+    grid = bench.settings(options.frames, options.group_size, options.completion_tokens, options.inner_updates,
+                          options.size)
+    result, stopped = bench.bench(bench.kinds(options.device, options.model), grid,
+                                  command=shlex.join(["python", "-m", "dvr1_lite", "bench", *arguments]),
+                                  repeats=options.repeats, ways=options.ways, micro_batch=options.micro_batch,
                                   json_file=options.json, table_file=options.table, note=options.note)
     print(bench.as_table(result))
     return INTERRUPTED if stopped else 0
 
 
-def _bench_parser() -> Parser:
-    from .bench import SHAPES, WAYS
-
-    parser = Parser("bench", bench_command.__doc__)
-    parser.add_argument("--frames", type=int, nargs="+", default=[8, 16, 32], metavar="N", help="Frames of the clip.")
-    parser.add_argument("--group-size", type=int, nargs="+", default=[4, 8, 16], metavar="G",
-                        help="Completions of the prompt.")
-    parser.add_argument("--completion-tokens", type=int, metavar="T", help="Length of every completion; none: 64, and "
-                        "256 for the 3B.")
-    parser.add_argument("--inner-updates", type=int, nargs="+", default=[1, 4], metavar="K", help="Updates of the "
-                        "weights a step: the grid is made with the first number, its middle with the others too.")
-    parser.add_argument("--size", type=int, default=252, help="Height and width of the frames in pixels.")
-    parser.add_argument("--repeats", type=int, default=5, help="Rounds that the medians are of, after one to warm up.")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="What is measured beside shared.")
-    parser.add_argument("--micro-batch", type=int, help="Completions in one forward pass of the shared way; none: all.")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda for bfloat16 and NF4.")
-    parser.add_argument("--model", choices=SHAPES, help="Sizes of the random model; none: tiny on a CPU, 3B on a GPU.")
-    parser.add_argument("--threads", type=int, help="Threads of torch; none: torch's own choice.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where the result goes, after every setting anew.")
-    parser.add_argument("--table", type=Path, metavar="FILE.md", help="Where the table goes too.")
-    parser.add_argument("--note", default="", help="A line for the table: what else the machine was doing.")
-    parser.add_argument("--profile", action="store_true", help="Tell where a step of the default run spends its time.")
-    parser.add_argument("--profile-steps", type=int, default=20, help="Steps that the profile is of.")
-    return parser
-
-
-def _use_threads(count: int | None) -> None:
-    import torch
-
-    if count is not None and count < 1:
-        raise ConfigError(f"--threads is {count}: give 1 or more")
-    if count is not None:
-        torch.set_num_threads(count)
-
-
-# --- check and memory ------------------------------------------------------------------------------------------------
+# --- check, memory, merge --------------------------------------------------------------------------------------------
 
 
 def check_command(arguments: Sequence[str]) -> int:
-    r"""Look a data set over before training: what is in it, which clips are missing or broken, and wrong spans."""
-    from . import plotting
-    from .data import check_records, examples, format_report, read_records, show_record
-    from .files import make_folder
-    from .paths import resolve
+    r"""Check a data set before training: what is in it, which clips are missing or broken, and incorrect spans."""
+    from .config import load_config
+    from .files import make_folder, resolve
+    from .lab import plotting
+    from .scale.check import check_records, examples, format_report, show_record
+    from .scale.datasets import SOURCES, read_any
 
-    parser = Parser("check", check_command.__doc__)
+    parser = Parser(check_command)
+    parser.epilog = "Formats and where their data come from: " + "; ".join(f"{k}: {v}" for k, v in SOURCES.items())
     parser.add_argument("--data", required=True, metavar="FILE", help="Records: JSONL, JSON or CSV.")
     parser.add_argument("--root", metavar="DIR", help="Folder that clip paths start from; none: the file's own.")
     parser.add_argument("--spans", metavar="FILE", help="NExT-GQA's spans; none: gsub_NAME.json beside the CSV.")
-    parser.add_argument("--num-frames", type=int, default=16, help="Frames that training will sample from a clip.")
+    parser.add_argument("--config", metavar="FILE.yaml", help="Training config, for its model, frames and size; none: "
+                        "the defaults.")
+    parser.add_argument("--num-frames", type=int, help="Frames that training will sample; none: the config's.")
     parser.add_argument("--limit", type=int, default=0, help="Records to open, drawn evenly; 0: all.")
     parser.add_argument("--fast", action="store_true", help="Read headers only: misses pictures that do not decode.")
     parser.add_argument("--out", metavar="DIR", help="Where frame strips of three records go as PNG files.")
     options = parser.parse_args(arguments)
-    if options.num_frames < 1 or options.limit < 0:
-        raise ConfigError(f"--num-frames is {options.num_frames} and --limit is {options.limit}: give 1 or more frames "
-                          f"and a limit of 0 or more")
+    if options.limit < 0:
+        raise ConfigError(f"--limit is {options.limit}: give 0 or more")
+    config = load_config(options.config, {} if options.num_frames is None else {"num_frames": options.num_frames})
     errors = []
-    records = read_records(resolve(options.data), options.root, spans=options.spans, errors=errors)
+    records = read_any(resolve(options.data), options.root, spans=options.spans, errors=errors)
     chosen = records[::-(-len(records) // options.limit)] if options.limit else records
-    report = check_records(chosen, options.num_frames, decode=not options.fast, errors=errors)
+    report = check_records(chosen, config.num_frames, config.frame_size, decode=not options.fast, errors=errors)
     print(format_report(report))
-    for number, (record, frames) in enumerate(examples(chosen, options.num_frames), 1):
+    print_notes(chosen, config)
+    for number, (record, frames) in enumerate(examples(chosen, config.num_frames, config.frame_size), 1):
         print(f"\n{show_record(record)}")
         if options.out is not None:
             make_folder(options.out)
@@ -440,40 +531,39 @@ def check_command(arguments: Sequence[str]) -> int:
 
 def merge_command(arguments: Sequence[str]) -> int:
     r"""Add an adapter to its base model's weights and save a checkpoint of its own, with a model card."""
-    from . import export
-    from .training import quiet_libraries
+    from .loading import quiet_libraries
+    from .scale.merge import merge
 
-    parser = Parser("merge", merge_command.__doc__)
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="Adapter that training wrote.")
+    parser = Parser(merge_command)
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="A run's folder or its adapter.")
     parser.add_argument("--out", required=True, metavar="DIR", help="A new or empty folder.")
     parser.add_argument("--model", help="Base model; none: the one that the adapter names.")
     parser.add_argument("--dtype", default="bfloat16", help="Number type of the saved weights.")
     parser.add_argument("--device", default="cpu", help="cpu or cuda.")
     options = parser.parse_args(arguments)
     quiet_libraries()
-    out = export.merge(options.adapter, options.out, model=options.model, dtype=options.dtype, device=options.device)
-    print(f"the merged model is in {out}; README.md there is its model card and says how lmms-eval runs it")
+    out = merge(options.adapter, options.out, model=options.model, dtype=options.dtype, device=options.device)
+    print(f"the merged model is in {out}; its README.md says how to use it with transformers and lmms-eval")
     return 0
 
 
 def memory_command(arguments: Sequence[str]) -> int:
     r"""Predict the memory of a training run from its configuration alone, and say what to change if it is too much."""
-    from . import memory
     from .config import card_gb, load_config
     from .files import write_atomically
+    from .scale import memory
 
-    parser = Parser("memory", memory_command.__doc__ + " Takes --config and every field of it, as train does.")
+    parser = Parser(memory_command)
+    parser.epilog = "Takes --config and every field of it, as train does."
     parser.add_argument("--card", type=int, metavar="GB", help="Settings for a GPU with 16, 24 or 80 GB, to compare.")
     parser.add_argument("--available", type=float, metavar="GB", help="Compare with so many 2**30 bytes.")
     parser.add_argument("--text-tokens", type=int, default=memory.TEXT_TOKENS, help="Question, options, instruction.")
     parser.add_argument("--no-image", action="store_true", help="No record has a picture besides its clip.")
-    parser.add_argument("--shards", type=int, default=1, metavar="K", help="Unquantised weights are divided between K "
-                        "processes (configs/accelerate/fsdp.yaml).")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where the prediction goes as JSON.")
     options, rest = parser.parse_known_args(arguments)
     file, _, given = parse_training(rest if options.card is None else [*rest, "--card", str(options.card)])
     config = load_config(file, given)
-    expected = {"image": not options.no_image, "text_tokens": options.text_tokens, "shards": options.shards}
+    expected = {"image": not options.no_image, "text_tokens": options.text_tokens}
     prediction = memory.predict(config, **expected)
     if options.json is not None:
         write_atomically(options.json, json.dumps(memory.as_dict(prediction), indent=1) + "\n")
@@ -490,37 +580,49 @@ def memory_command(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train_command, "evaluate": evaluate_command, "ask": ask_command, "data": data_command,
     "pretrain": pretrain_command, "reproduce": reproduce_command, "report": report_command,
-    "check": check_command, "memory": memory_command, "merge": merge_command,
-    "bench": bench_command,
+    "check": check_command, "memory": memory_command, "merge": merge_command, "bench": bench_command,
 }
 
 
-def usage() -> str:
-    r"""The commands and what each does."""
-    lines = [f"  {name:<10} {command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
-    return "\n".join(["usage: python -m dvr1_lite COMMAND [options]", "", *lines, "",
-                      "`python -m dvr1_lite COMMAND --help` lists the options of a command."])
+def check_name(kind: str, name: str, known: Sequence[str]) -> None:
+    r"""Raise `ConfigError` with a near match for a name that is not known."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ConfigError(f"unknown {kind} {name!r}: " + (f"did you mean {near[0]}?" if near else
+                                                         f"use one of {', '.join(known)}"))
 
 
 def run(arguments: Sequence[str]) -> int:
-    r"""Runs one command; errors are raised."""
+    r"""Run one command; errors are raised."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
+        lines = [f"  {name:<10} {command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
+        print("\n".join(["usage: python -m dvr1_lite COMMAND [options]", "", *lines, "",
+                         "`python -m dvr1_lite COMMAND --help` lists the options of a command."]))
         return 0
     name, *rest = arguments
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        raise ConfigError(f"unknown command {name!r}: " + (f"did you mean {near[0]}?" if near else
-                                                          f"use one of {', '.join(COMMANDS)}"))
+    check_name("command", name, list(COMMANDS))
+    if "DVR1_PARENT" in os.environ:  # started by `reproduce`
+        from .lab.runner import end_with_parent
+
+        end_with_parent()
     return COMMANDS[name](rest)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    r"""Runs one command and returns the exit status: 0, 2 for a mistake that the message explains, 130 after Ctrl-C."""
+    r"""Run one command and return the exit status: 0, 2 for a mistake that the message explains, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a console of few characters ends nothing
     try:
         return run(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "dvr1_lite":
+            raise
+        print(f"error: the package {error.name} is not installed here: activate the environment "
+              f"(. .venv/bin/activate), or install with pip install -r requirements.txt", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

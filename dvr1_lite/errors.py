@@ -1,4 +1,4 @@
-"""Errors that a user can mend: each message names the thing and then the remedy."""
+"""User-facing errors. Each message states the problem and the fix."""
 
 import contextlib
 import re
@@ -32,11 +32,11 @@ class NumericsError(UserError):
 
 
 @contextlib.contextmanager
-def within_memory(what: str, remedy: str) -> Iterator[None]:
-    """Turns running out of memory, on a CPU or a GPU, into a `UserError`: `what` ran out of memory, and the remedy."""
+def within_memory(what: str, fix: str) -> Iterator[None]:
+    """Turn running out of memory, on a CPU or a GPU, into a `UserError` that says what ran out of it and the fix."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # on a CPU torch raises a plain RuntimeError
         if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
-            raise UserError(f"{what} ran out of memory: {remedy}") from error
+            raise UserError(f"{what} ran out of memory: {fix}") from error
         raise

@@ -1,93 +1,71 @@
-r"""Answers to questions, and what they amount to: accuracy, mIoU and R@m with intervals (Eq. 22-24).
+r"""Answer questions and summarise the answers: accuracy, mIoU and R@m with intervals (Eq. 22-24).
 
-Questions about one clip are not independent, so every interval here is clustered by clip: the standard error comes
-from the clips' sums of residuals, and the quantile from Student's t with (clips - 1) degrees of freedom.
+Questions about one clip are not independent, so every interval is clustered by clip: the standard error comes from the
+clips' sums of residuals, and the quantile from Student's t with (clips - 1) degrees of freedom.
 
-Predictions are rows of a JSONL file, written as they are made, so that an interrupted evaluation continues where it
-stopped; figures are always computed over all rows of the file, never over the part that was made last.
+Predictions are rows of a JSONL file, written as they are made, so that an interrupted evaluation resumes where it
+stopped; figures are always computed over all rows of the file.
 """
 
-import functools
+from __future__ import annotations
+
 import json
 import math
+import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from scipy.stats import t as student_t
 from tqdm import tqdm
 
 from .data import Record, prompt_text
 from .errors import ClipError, ConfigError, within_memory
 from .files import append_lines, make_folder, read_lines, write_atomically
-from .policy import Features, Policy
+from .policy import Policy, encode_record
 from .rewards import asks_span, parse_completion, score, temporal_iop
 from .rollout import sample_groups
-from .video import DECODE_TIMEOUT, read_clip, read_image
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
 
 RECALL_AT = (0.3, 0.5, 0.7)
 IOP_AT = (0.3, 0.5)
 GROUNDED = 0.5  # the least IoP with which NExT-GQA counts an answer as grounded
 WINDOW = 64  # batches whose questions are sorted by length together; the clips of more would not fit a small cache
 
-# --- what the policy sees --------------------------------------------------------------------------------------------
+# --- predictions -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class View:
-    r"""How records are shown: frames sampled a clip, their height and width in pixels, a last line of the prompt, and
-    the seconds that decoding a clip may take."""
-
-    num_frames: int
-    frame_size: int
-    instruction: str = ""
-    decode_timeout: float = DECODE_TIMEOUT
+def limited(records: Sequence[Record], limit: int) -> list[Record]:
+    r"""Draw `limit` records, the same ones in every run, in the file's order; all of them for 0."""
+    if not 0 < limit < len(records):
+        return list(records)
+    return [records[i] for i in sorted(random.Random("evaluation").sample(range(len(records)), limit))]
 
 
-def see(policy: Policy, record: Record, view: View,
-        change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Features:
-    r"""The encoded clip and image of a record, as they are: kept in the policy's feature cache.
+def evaluate(policy: Policy, records: Sequence[Record], config: TrainConfig, *, temperature: float | None = None,
+             samples: int | None = None, out: str | Path | None = None, label: str = "evaluate",
+             progress: bool = False) -> list[dict]:
+    r"""Answer every record and score the answers; return one row a completion, in the order they were made.
 
-    change: what an augmentation does to the clip's frames (T, 3, H, W), or to the image (1, 3, H, W) if there is no
-    clip; such features serve one step only and are not kept. Raises `ClipError`, naming a file that cannot be read.
-    """
-    size = (view.frame_size, view.frame_size)
-
-    def encode() -> Features:
-        clip = read_clip(record.clip, view.num_frames, size, timeout=view.decode_timeout) if record.clip else None
-        image = read_image(record.image, size) if record.image else None
-        if change is not None and clip is not None:
-            clip = replace(clip, frames=change(clip.frames))
-        elif change is not None and image is not None:
-            image = change(image)
-        return policy.encode(clip, image)
-
-    if change is not None:
-        return encode()
-    return policy.features.get((record.clip, record.image, view.num_frames, size), encode)
-
-
-# --- making predictions ----------------------------------------------------------------------------------------------
-
-
-def evaluate(policy: Policy, records: Sequence[Record], *, view: View, max_new_tokens: int, batch: int,
-             temperature: float, seed: int, samples: int = 1, out: str | Path | None = None,
-             label: str = "evaluate", progress: bool = False) -> list[dict]:
-    r"""Answers every record and scores the answers; returns one row a completion, in the order they were made.
-
-    batch: questions answered together, each prefilled once. temperature: 0 takes the most probable token (Eq. 22's
-    single answer), above 0 samples, from a seed of its own a batch. samples: answers to each question. out: JSONL file
-    that rows are appended to; one that exists is continued, and a batch cut short is made again, so that the result
-    does not depend on where it stopped. A row holds `index` and `record_id`, `clip`, `question_type`, `sample`,
-    `completion` and the parts of its score; one with `error` stands for a record whose clip cannot be read.
+    config: its `eval_batch` questions are answered together, each prefilled once; temperature and samples stand for
+    `eval_temperature` (0: the most probable token, Eq. 22's single answer; above 0: sampled, with a seed of its own
+    for each batch) and `eval_samples` if not given. out: JSONL file that rows are appended to; an existing one is
+    resumed, and a batch that was cut short is made again, so that the result does not depend on where it stopped. A
+    row holds `index` and `record_id`, `clip`, `question_type`, `sample`, `completion` and the parts of its score; one
+    with `error` stands for a record whose clip cannot be read.
     Raises `ClipError` if no clip can be read, `ConfigError` if `out` holds answers to other records, `UserError` if
     the memory or the disk is full; the rows in `out` stay.
     """
+    temperature = config.eval_temperature if temperature is None else temperature
+    samples = config.eval_samples if samples is None else samples
     if samples > 1 and temperature == 0:
         raise ConfigError(f"{samples} answers to each question at temperature 0 are all the same: give one, or a "
                           f"temperature above 0")
-    batches = _batches(policy, records, view, batch)
+    batches = _batches(policy, records, config)
     path = None if out is None else Path(out)
     rows = [] if path is None else _read_done(path, records, batches, samples)
     finished = {row["index"] for row in rows}
@@ -96,7 +74,7 @@ def evaluate(policy: Policy, records: Sequence[Record], *, view: View, max_new_t
             if indices and indices[0] in finished:
                 continue
             with within_memory(f"answering {len(indices)} questions together", "give a smaller eval_batch"):
-                made = _answer(policy, records, indices, view, max_new_tokens, temperature, f"{seed}/{number}", samples)
+                made = _answer(policy, records, indices, config, temperature, f"{config.seed}/{number}", samples)
             rows += made
             if path is not None:
                 append_lines(path, made)
@@ -106,50 +84,46 @@ def evaluate(policy: Policy, records: Sequence[Record], *, view: View, max_new_t
     return rows
 
 
-def _batches(policy: Policy, records: Sequence[Record], view: View, batch: int) -> list[list[int]]:
-    r"""Indices of the records in batches of similar prompt length, near each other in the file."""
-    texts = [prompt_text(record, instruction=view.instruction) for record in records]
+def _batches(policy: Policy, records: Sequence[Record], config: TrainConfig) -> list[list[int]]:
+    r"""Group the records' indices into batches of similar prompt length, near each other in the file."""
+    texts = [prompt_text(record, instruction=config.instruction) for record in records]
     lengths = [len(ids) for ids in policy.tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
-    batches = []
+    batches, batch = [], config.eval_batch
     for start in range(0, len(records), WINDOW * batch):
         window = sorted(range(start, min(start + WINDOW * batch, len(records))), key=lambda i: lengths[i])
         batches += [window[i:i + batch] for i in range(0, len(window), batch)]
     return batches
 
 
-def _answer(policy, records, indices, view, max_new_tokens, temperature, seed, samples) -> list[dict]:
-    shown, rows = [], []
+def _answer(policy: Policy, records: Sequence[Record], indices: list[int], config: TrainConfig, temperature: float,
+            seed: str, samples: int) -> list[dict]:
+    prompts, rows = {}, []
     for index in indices:
-        record = records[index]
         try:
-            features = see(policy, record, view)
-            shown.append((index, policy.prompt(prompt_text(record, instruction=view.instruction), features)))
+            features = encode_record(policy, records[index], config)
+            prompts[index] = policy.prompt(prompt_text(records[index], instruction=config.instruction), features)
         except ClipError as error:
-            rows += [_about(index, record, sample) | {"error": str(error)} for sample in range(samples)]
-    if not shown:
+            rows += [_about(index, records[index], sample) | {"error": str(error)} for sample in range(samples)]
+    if not prompts:
         return rows
     generator = torch.Generator().manual_seed(int.from_bytes(seed.encode(), "big") % 2**63)
-    rollout = sample_groups(policy, [prompt for _, prompt in shown], samples, max_new_tokens, generator=generator,
+    rollout = sample_groups(policy, list(prompts.values()), samples, config.max_new_tokens, generator=generator,
                             temperature=temperature or 1.0, greedy=temperature == 0)
-    for (index, _), texts in zip(shown, rollout.texts):
-        rows += [prediction(index, records[index], text, sample) for sample, text in enumerate(texts)]
+    for index, texts in zip(prompts, rollout.texts):
+        rows += [prediction(index, records[index], text, sample, config.judge) for sample, text in enumerate(texts)]
     return rows
 
 
-def prediction(index: int, record: Record, completion: str, sample: int = 0) -> dict:
-    r"""One row: which record, what was answered, and the parts of its score."""
-    scored = score(record, completion)
-    return _about(index, record, sample) | {
+def prediction(index: int, record: Record, completion: str, sample: int = 0, judge: str = "strict") -> dict:
+    r"""Build one row: which record, what was answered, the parts of its score, and the IoP of a predicted span."""
+    scored = score(record, completion, judge)
+    row = _about(index, record, sample) | {
         "completion": completion, "format": scored.format, "accuracy": scored.accuracy, "iou": scored.iou,
-        "total": scored.total, "maximum": scored.maximum} | _best_iop(record, completion)
-
-
-def _best_iop(record: Record, completion: str) -> dict[str, float]:
-    r"""`iop` of the first predicted span, the best over the true ones; nothing where no span is asked."""
-    if not asks_span(record):
-        return {}
-    spans = parse_completion(completion).spans
-    return {"iop": max(temporal_iop(spans[0], truth) for truth in record.spans) if spans else 0.0}
+        "total": scored.total, "maximum": scored.maximum}
+    if asks_span(record):  # the first predicted span, the best over the true ones
+        spans = parse_completion(completion).spans
+        row["iop"] = max(temporal_iop(spans[0], truth) for truth in record.spans) if spans else 0.0
+    return row
 
 
 def _about(index: int, record: Record, sample: int) -> dict:
@@ -158,7 +132,7 @@ def _about(index: int, record: Record, sample: int) -> dict:
 
 
 def _read_done(path: Path, records: Sequence[Record], batches: list[list[int]], samples: int) -> list[dict]:
-    r"""The rows of whole batches; whatever follows them in the file is cut off."""
+    r"""Read the rows of complete batches; whatever follows them in the file is cut off."""
     make_folder(path.parent)
     by_index = defaultdict(list)
     for row in read_lines(path):
@@ -172,14 +146,14 @@ def _read_done(path: Path, records: Sequence[Record], batches: list[list[int]], 
     return rows
 
 
-# --- what they amount to ---------------------------------------------------------------------------------------------
+# --- summaries -------------------------------------------------------------------------------------------------------
 
 
 def summarise(predictions: Iterable[dict]) -> dict:
-    r"""Figures of a set of predictions, shares in [0, 1].
+    r"""Summarise a set of predictions; shares are in [0, 1].
 
-    `accuracy` (Eq. 22) with `ci95` [low, high] clustered by clip and `n` questions, `clips`, `answers`; the same three
-    for each entry of `by_type`; `format_rate`; `broken` questions, which count nowhere else; and, where time spans
+    `accuracy` (Eq. 22) with `ci95` [low, high] clustered by clip, `n` questions and `clips`; the same four for each
+    entry of `by_type`; `answers`; `format_rate`; `broken` questions, which count nowhere else; and, where time spans
     were asked, `mean_iou` (Eq. 23) and `recall` at 0.3, 0.5 and 0.7 (Eq. 24) over those questions alone, and what
     `grounded_answers` adds.
     """
@@ -189,7 +163,6 @@ def summarise(predictions: Iterable[dict]) -> dict:
     for row in good:
         by_type[row["question_type"]].append(row)
     summary = _accuracy(good) | {
-        "clips": len({row["clip"] for row in good}),
         "answers": len(good),
         "broken": len({row["index"] for row in rows}) - len({row["index"] for row in good}),
         "format_rate": _mean([row["format"] for row in good]),
@@ -200,26 +173,26 @@ def summarise(predictions: Iterable[dict]) -> dict:
 
 
 def grounding(ious: Sequence[float]) -> dict:
-    r"""Mean IoU (Eq. 23) and the share of answers whose span has IoU >= m (Eq. 24), which IoU exactly m reaches."""
-    return {"mean_iou": _mean(ious), "recall": {f"{m}": _mean([float(iou >= m - 1e-9) for iou in ious])
+    r"""Compute mean IoU (Eq. 23) and R@m, the share of answers whose span has IoU >= m (Eq. 24)."""
+    return {"mean_iou": _mean(ious), "recall": {f"{m}": _mean([float(iou >= m) for iou in ious])
                                                 for m in RECALL_AT}}
 
 
 def grounded_answers(rows: Sequence[dict]) -> dict:
-    r"""NExT-GQA's other official figures, over the questions that ask a span; {} if there are none.
+    r"""Compute NExT-GQA's other official figures, over the questions that ask a span; {} if there are none.
 
     `mean_iop` and `iop_at` 0.3 and 0.5, intersection over prediction, the best true segment of each question;
-    `acc_gqa`, the share whose answer is right *and* whose IoP is at least 0.5, with `acc_gqa_ci95`;
+    `acc_gqa`, the share whose answer is correct *and* whose IoP is at least 0.5, with `acc_gqa_ci95`;
     `mean_iou_ci95`. Intervals are clustered by clip. A malformed answer counts 0 everywhere.
     """
     asked = [row for row in rows if "iop" in row]
     if not asked:
         return {}
     clips, iops = [row["clip"] for row in asked], [row["iop"] for row in asked]
-    grounded = [float(row["accuracy"] == 1.0 and row["iop"] >= GROUNDED - 1e-9) for row in asked]
+    grounded = [float(row["accuracy"] == 1.0 and row["iop"] >= GROUNDED) for row in asked]
     return {"mean_iou_ci95": list(mean_interval([row["iou"] for row in asked], clips, 0.0, 1.0)),
             "mean_iop": _mean(iops),
-            "iop_at": {f"{m}": _mean([float(iop >= m - 1e-9) for iop in iops]) for m in IOP_AT},
+            "iop_at": {f"{m}": _mean([float(iop >= m) for iop in iops]) for m in IOP_AT},
             "acc_gqa": _mean(grounded), "acc_gqa_ci95": list(share_interval(grounded, clips))}
 
 
@@ -230,11 +203,12 @@ def _mean(values: Sequence[float]) -> float:
 def _accuracy(rows: list[dict]) -> dict:
     values, clusters = [row["accuracy"] for row in rows], [row["clip"] for row in rows]
     low, high = share_interval(values, clusters)
-    return {"accuracy": _mean(values), "ci95": [low, high], "n": len({row["index"] for row in rows})}
+    return {"accuracy": _mean(values), "ci95": [low, high], "n": len({row["index"] for row in rows}),
+            "clips": len(set(clusters))}
 
 
 def paired_change(before: Iterable[dict], after: Iterable[dict]) -> dict:
-    r"""Change of accuracy from one set of predictions to another on the same questions, in shares.
+    r"""Compute the change of accuracy from one set of predictions to another on the same questions, in shares.
 
     Each question's mean accuracy before is taken from its mean after, and the differences are clustered by clip:
     `change`, `ci95` [low, high], `n` questions and `clips`; the same by question type. Questions that only one of the
@@ -269,7 +243,7 @@ def _per_question(rows: Iterable[dict]) -> dict[int, tuple[float, str, str]]:
 
 
 def cluster_standard_error(values: Sequence[float], clusters: Sequence[str]) -> float:
-    r"""Cluster-robust standard error of a mean.
+    r"""Compute the cluster-robust standard error of a mean.
 
     $$\sqrt{\frac{C}{C-1} \sum_c \Big(\sum_{i \in c} (x_i - \bar x)\Big)^2} \Big/ n$$
 
@@ -286,45 +260,23 @@ def cluster_standard_error(values: Sequence[float], clusters: Sequence[str]) -> 
 
 def mean_interval(values: Sequence[float], clusters: Sequence[str], lowest: float, highest: float,
                   level: float = 0.95) -> tuple[float, float]:
-    r"""Mean +- t quantile x `cluster_standard_error`, cut to [lowest, highest]; that whole range for one cluster."""
-    error = cluster_standard_error(values, clusters)
-    if math.isnan(error):
+    r"""Compute the mean +- t quantile x `cluster_standard_error`, cut to [lowest, highest].
+
+    For fewer than two clusters it is that whole range. Where all values are equal, a standard error of 0 would claim
+    certainty: each side then reaches the share $t^2 / (C + t^2)$ of the way to its bound, for C clusters, which is
+    Wilson's interval where the values are all 0 or all 1.
+    """
+    count = len(set(clusters))
+    if count < 2:
         return lowest, highest
-    mean, reach = _mean(values), t_quantile(0.5 + level / 2, len(set(clusters)) - 1) * error
+    mean, quantile = _mean(values), float(student_t.ppf(0.5 + level / 2, count - 1))
+    if max(values) - min(values) < 1e-12:
+        reach = quantile**2 / (count + quantile**2)
+        return mean - reach * (mean - lowest), mean + reach * (highest - mean)
+    reach = quantile * cluster_standard_error(values, clusters)
     return max(lowest, mean - reach), min(highest, mean + reach)
 
 
 def share_interval(values: Sequence[float], clusters: Sequence[str], level: float = 0.95) -> tuple[float, float]:
-    r"""`mean_interval` within [0, 1]; where all values are 0 or all are 1, Wilson's interval for as many independent
-    values as there are clusters, because a standard error of 0 would claim certainty."""
-    count = len(set(clusters))
-    if count and len(set(values)) == 1 and values[0] in (0.0, 1.0):
-        square = t_quantile(0.5 + level / 2, max(count - 1, 1)) ** 2
-        reach = square / (count + square)
-        return (0.0, reach) if values[0] == 0.0 else (1.0 - reach, 1.0)
+    r"""Compute `mean_interval` for values within [0, 1]."""
     return mean_interval(values, clusters, 0.0, 1.0, level)
-
-
-@functools.cache
-def t_quantile(probability: float, degrees: int) -> float:
-    r"""Quantile of Student's t with `degrees` >= 1 degrees of freedom, for 0.5 <= probability < 1; 1e-12 exact.
-
-    t_quantile(0.975, 4) = 2.776, (0.975, 9) = 2.262, and 1.960 in the limit.
-    """
-    if not 0.5 <= probability < 1 or degrees < 1:
-        raise ValueError(f"t_quantile({probability}, {degrees}): give 0.5 <= probability < 1 and degrees >= 1")
-    low, high = 0.0, math.pi / 2  # in the angle whose tangent is t / sqrt(degrees)
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_central(middle, degrees) < 2 * probability - 1 else (low, middle)
-    return math.tan((low + high) / 2) * math.sqrt(degrees)
-
-
-def _t_central(angle: float, degrees: int) -> float:
-    r"""P(|t| <= sqrt(degrees) tan(angle)), by the finite series for whole degrees (Abramowitz and Stegun 26.7.3-4)."""
-    odd, sine, cosine = degrees % 2, math.sin(angle), math.cos(angle)
-    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
-    for k in range(1, degrees // 2 + 1):
-        total += term
-        term *= cosine**2 * (2 * k / (2 * k + 1) if odd else (2 * k - 1) / (2 * k))
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total

@@ -1,4 +1,4 @@
-r"""Text files that survive a kill: whole or not there, or lines of which only the last can be torn."""
+r"""Files that survive a kill (written completely or not at all), and where the shipped data are."""
 
 import contextlib
 import json
@@ -8,30 +8,30 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .errors import RecordError, UserError
+from .errors import ConfigError, RecordError, UserError
 
 NOT_WRITTEN = (OSError, SafetensorError)  # what a full disk raises; safetensors has an error of its own
 
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    r"""Turns what a full disk or an unwritable folder raises into a `UserError` that names `path`."""
+    r"""Turn what a full disk or an unwritable folder raises into a `UserError` that names `path`."""
     try:
         yield
     except NOT_WRITTEN as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be written ({reason}); free space, mend the folder, or give "
-                        f"another one; what was written before is kept and can be resumed") from error
+        raise UserError(f"{path}: cannot be written ({reason}); free disk space, change the folder's permissions, "
+                        f"or give another folder; what was written before is kept and can be resumed") from error
 
 
 def make_folder(path: str | Path) -> None:
-    r"""Makes a folder and those above it, if they are missing. Raises `UserError`."""
+    r"""Create a folder and its parents if they are missing. Raises `UserError`."""
     with writing(path):
         Path(path).mkdir(parents=True, exist_ok=True)
 
 
 def write_atomically(path: str | Path, text: str) -> None:
-    r"""Writes a text file that appears whole or not at all. Raises `UserError`."""
+    r"""Write a text file that appears complete or not at all. Raises `UserError`."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     with writing(path):
@@ -43,14 +43,14 @@ def write_atomically(path: str | Path, text: str) -> None:
 
 
 def append_lines(path: str | Path, rows: Iterable[dict]) -> None:
-    r"""Appends rows to a JSONL file. Raises `UserError`, and ValueError for NaN or infinity: they are not JSON."""
+    r"""Append rows to a JSONL file. Raises `UserError`, and ValueError for NaN or infinity, which are not JSON."""
     text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
     with writing(path), open(path, "a", encoding="utf-8", newline="\n") as file:
         file.write(text)
 
 
 def read_lines(path: str | Path) -> Iterator[dict]:
-    r"""Rows of a JSONL file; none if there is no file. A last line that was cut short by a kill is left out."""
+    r"""Yield the rows of a JSONL file (none if there is no file), without a last line that a kill cut short."""
     path = Path(path)
     if not path.exists():
         return
@@ -65,7 +65,7 @@ def read_lines(path: str | Path) -> Iterator[dict]:
 
 
 def sync(path: Path) -> None:
-    r"""Forces a folder's files and the folder itself onto the disk (a folder only where the system can)."""
+    r"""Flush a path to the disk; for a folder, its files and the folder itself (where the system can)."""
     for entry in [*path.rglob("*"), path]:
         if entry.is_dir() and os.name == "nt":
             continue
@@ -74,3 +74,23 @@ def sync(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def data_folder() -> Path:
+    r"""Find the folder with ToyVideoQA, the base model and the recorded results: `data/` beside the module in a clone,
+    or below the working directory, or the folder named by DVR1_DATA. Raises `ConfigError` if there is none."""
+    places = [Path(os.environ["DVR1_DATA"])] if "DVR1_DATA" in os.environ else [
+        Path(__file__).resolve().parents[1] / "data", Path.cwd() / "data"]
+    for place in places:
+        if (place / "toyvideoqa").is_dir():
+            return place
+    raise ConfigError(f"there is no data folder with toyvideoqa/ in it at {' or '.join(map(str, places))}: clone the "
+                      f"whole repository (pip installs the code alone), or set DVR1_DATA to its data/ folder")
+
+
+def resolve(path: str | Path) -> Path:
+    r"""Return the path as given; if it begins with "data/" and does not exist from here, that in the data folder."""
+    path = Path(path)
+    if not path.exists() and path.parts and path.parts[0] == "data":
+        return data_folder().joinpath(*path.parts[1:])
+    return path

@@ -20,8 +20,8 @@ from PIL import Image
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
 from dvr1_lite.data import Record, prompt_text, read_records  # noqa: E402
-from dvr1_lite.paths import resolve  # noqa: E402
-from dvr1_lite.plotting import AFTER, STYLE, frame_strip  # noqa: E402
+from dvr1_lite.files import resolve  # noqa: E402
+from dvr1_lite.lab.plotting import AFTER, STYLE, frame_strip  # noqa: E402
 from dvr1_lite.rewards import parse_completion, score  # noqa: E402
 from dvr1_lite.video import Clip, read_clip  # noqa: E402
 

@@ -15,7 +15,8 @@ from torch import Tensor
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
 from dvr1_lite.advantages import group_advantages, predicted_advantages  # noqa: E402
-from dvr1_lite.objectives import METHODS, ObjectiveConfig  # noqa: E402
+from dvr1_lite.config import ObjectiveConfig  # noqa: E402
+from dvr1_lite.objectives import Batch, objective_loss  # noqa: E402
 
 PAGE = FOLDER / "explore.html"
 SLOT = re.compile(r'(<script type="application/json" id="cases">)(.*?)(</script>)', re.S)
@@ -26,7 +27,7 @@ CLIP = 0.2
 def loss_and_push(rho: Tensor, rewards: Tensor, config: ObjectiveConfig) -> dict:
     """Value of an objective for one group (1, 8) of completions of one token, and minus its gradient by rho."""
     logp = rho[..., None].clone().requires_grad_()
-    loss, _ = METHODS[config.method](logp, torch.zeros_like(logp), None, torch.ones_like(logp), rewards, config)
+    loss = objective_loss(Batch(logp, torch.zeros_like(logp), None, torch.ones_like(logp), rewards), config)
     return {"loss": loss.item(), "push": (-torch.autograd.grad(loss, logp)[0]).flatten().tolist()}
 
 

@@ -1,7 +1,8 @@
 """The one table that ties the paper to this project: python notebooks/paper_map.py writes it into notebook 00.
 
 Each row names what the paper prints, where the notebooks explain it, the code, and a test that holds the code to it.
-`tests/test_paper_map.py` checks that all of these exist. Sections are looked up in the notebooks, not written here.
+`tests/notebooks/test_paper_map.py` checks that all of these exist. Sections are looked up in the notebooks, not written
+here.
 """
 
 import re
@@ -26,57 +27,58 @@ class Row:
     paper: str
     what: str
     notebook: str
-    code: str  # module.name in dvr1_lite
-    test: str  # module.name in tests, without "test_" before the module
+    code: str  # module.name in dvr1_lite, for instance lab.tables.EXPERIMENTS
+    test: str  # folder.module.name in tests, without "test_" before the module
     again: str = ""
 
 
 ROWS = (
-    Row("Eq. 1", "PPO's clipped surrogate", "01", "objectives.grpo", "objectives.test_clipped_grpo_by_hand"),
+    Row("Eq. 1", "PPO's clipped surrogate", "01", "objectives.grpo", "core.objectives.test_clipped_grpo_by_hand"),
     Row("Eq. 2", "GRPO", "01", "objectives.grpo",
-        "objectives.test_on_policy_grpo_has_value_zero_and_gradient_minus_the_advantage_over_the_length"),
+        "core.objectives.test_grpo_starts_with_the_gradient_of_eq_2_and_the_value_0_of_a_mean_over_tokens"),
     Row("Eq. 3", "reward with a price on distance", "02", "objectives.centred_regression",
-        "objectives.test_centred_regression_keeps_the_scale_that_reg_grpo_loses", "10"),
+        "core.objectives.test_only_centred_regression_has_its_optimum_at_the_policy_of_eq_4", "10"),
     Row("Eq. 4", "its best policy", "02", "objectives.centred_regression",
-        "objectives.test_the_optimum_of_centred_regression_is_the_policy_of_equation_four", "11 to 14"),
+        "core.objectives.test_only_centred_regression_has_its_optimum_at_the_policy_of_eq_4", "11 to 14"),
     Row("Eq. 5", "advantages of a group", "01", "advantages.group_advantages",
-        "advantages.test_both_conventions_of_the_std_by_hand", "16"),
+        "core.advantages.test_the_conventions_of_the_std_by_hand", "16"),
     Row("Eq. 6", "the reward read off the best policy", "02", "objectives.reward_regression",
-        "objectives.test_reward_regression_by_hand", "15"),
+        "core.objectives.test_reward_regression_by_hand", "15"),
     Row("Eq. 7", "predicted advantages", "02", "advantages.predicted_advantages",
-        "advantages.test_predicted_advantages_by_hand"),
-    Row("Eq. 8", "Reg-GRPO", "02", "objectives.reg_grpo", "objectives.test_reg_grpo_by_hand", "17, 18"),
-    Row("Eq. 9", "difficulty of a prompt", "03", "difficulty.RewardHistory",
-        "difficulty.test_difficulty_is_the_history_mean_minus_the_groups_own"),
+        "core.advantages.test_epsilon_is_added_to_the_std_outside_the_root"),
+    Row("Eq. 8", "Reg-GRPO", "02", "objectives.reg_grpo", "core.objectives.test_reg_grpo_by_hand", "17, 18"),
+    Row("Eq. 9", "difficulty of a prompt", "03", "augmentation.RewardHistory",
+        "core.augmentation.test_difficulty_is_the_mean_of_the_last_window_minus_the_groups_own"),
     Row("Eq. 19", "format reward", "04", "rewards.format_reward",
-        "rewards.test_malformed_text_earns_nothing_on_any_part"),
+        "core.rewards.test_malformed_text_and_cheats_earn_nothing_on_any_part"),
     Row("Eq. 20", "accuracy reward", "04", "rewards.accuracy_reward",
-        "rewards.test_each_record_has_its_own_kind_of_reward"),
-    Row("Eq. 21", "IoU reward", "04", "rewards.iou_reward", "rewards.test_temporal_iou_by_hand"),
-    Row("Eq. 22", "accuracy", "04", "evaluation.summarise", "evaluation.test_summary_by_hand"),
-    Row("Eq. 23", "mean IoU", "04", "evaluation.grounding", "evaluation.test_recall_by_hand"),
-    Row("Eq. 24", "R@m", "04", "evaluation.grounding", "evaluation.test_recall_by_hand"),
-    Row("table 1", "SEED-Bench-R1 and LongVideoBench (published; reader)", "00", "data.read_records",
-        "data.test_seed_bench_validation_row"),
+        "core.rewards.test_answers_of_each_kind_by_hand"),
+    Row("Eq. 21", "IoU reward", "04", "rewards.iou_reward", "core.rewards.test_temporal_iou_and_iop_by_hand"),
+    Row("Eq. 22", "accuracy", "04", "evaluation.summarise", "core.evaluation.test_the_summary_by_hand"),
+    Row("Eq. 23", "mean IoU", "04", "evaluation.grounding", "core.evaluation.test_recall_by_hand"),
+    Row("Eq. 24", "R@m", "04", "evaluation.grounding", "core.evaluation.test_recall_by_hand"),
+    Row("table 1", "SEED-Bench-R1 and LongVideoBench (published; reader)", "00", "scale.datasets.read_any",
+        "scale.datasets.test_a_validation_row_of_seed_bench_r1"),
     Row("table 2", "other benchmarks (published; evaluator)", "00", "evaluation.evaluate",
-        "evaluation.test_a_row_for_every_question"),
-    Row("table 3", "NExT-GQA (published; reader)", "00", "data.read_records",
-        "data.test_next_gqa_rows_with_their_spans"),
-    Row("table 4", "GRPO or Reg-GRPO, with or without augmentation", "05", "experiments.EXPERIMENTS",
-        "experiments.test_table4_has_the_rows_and_the_published_figures_of_the_paper"),
-    Row("table 5", "Reg-GRPO and its rivals", "05", "experiments.EXPERIMENTS",
-        "experiments.test_every_experiment_plans_at_equal_budgets"),
-    Row("table 6", "relative or absolute difficulty", "05", "difficulty.RewardHistory",
-        "difficulty.test_an_absolute_reference_replaces_the_mean_and_nothing_else"),
+        "core.evaluation.test_a_row_for_every_question"),
+    Row("table 3", "NExT-GQA (published; reader)", "00", "scale.datasets.read_any",
+        "scale.datasets.test_next_gqa_rows_with_their_spans_as_annotated"),
+    Row("table 4", "GRPO or Reg-GRPO, with or without augmentation", "05", "lab.tables.EXPERIMENTS",
+        "lab.tables.test_table4_has_the_rows_and_the_published_figures_of_the_paper"),
+    Row("table 5", "Reg-GRPO and its rivals", "05", "lab.tables.EXPERIMENTS",
+        "lab.tables.test_every_experiment_plans_at_equal_budgets"),
+    Row("table 6", "relative or absolute difficulty", "05", "augmentation.RewardHistory",
+        "core.augmentation.test_nothing_is_hard_or_easy_before_a_quarter_of_the_window"),
     Row("table 7", "hints alone, noise alone, both", "05", "augmentation.plan_augmentation",
-        "augmentation.test_directions"),
+        "core.augmentation.test_each_direction_alone_and_the_dead_zone"),
     Row("table 8", "fixed or adaptive scale", "05", "augmentation.plan_augmentation",
-        "augmentation.test_a_fixed_scale_has_one_amount_for_all_and_the_same_dead_zone"),
+        "core.augmentation.test_a_fixed_scale_has_one_amount_for_each_direction_and_the_same_dead_zone"),
     Row("figure 2", "the augmentation: hints for hard, noise for easy", "03", "augmentation.cut_hint",
-        "augmentation.test_a_hint_shows_the_first_words_rounded_up_and_blanks_the_rest"),
+        "core.augmentation.test_a_hint_shows_the_first_words_rounded_up_and_blanks_for_the_others"),
     Row("figure 3", "how many groups vanish while training", "05", "advantages.vanishing_ratio",
-        "advantages.test_the_ratio_is_split_into_both_ends"),
-    Row("appendix C", "settings", "04", "config.TrainConfig", "training.test_the_papers_settings_that_are_known"),
+        "core.advantages.test_the_vanishing_ratio_is_split_into_correct_and_incorrect_groups"),
+    Row("appendix C", "settings", "04", "config.TrainConfig",
+        "core.config.test_the_defaults_are_the_papers_settings_where_they_are_known"),
 )
 
 
@@ -120,15 +122,15 @@ def section(row: Row) -> str | None:
 
 def line(row: Row) -> str:
     """One row in Markdown, with links from the folder of notebook 00."""
-    module, name = row.code.split(".")
-    tests, test = row.test.split(".")
+    module, _, name = row.code.rpartition(".")
+    folder, tests, test = row.test.split(".")
     where, again = section(row), f" (again {row.again})" if row.again else ""
     place = f"{row.notebook}, section {where}" if where else row.notebook
     if (FOLDER / NOTEBOOKS[row.notebook]).exists():
         place = f"[{place}]({NOTEBOOKS[row.notebook]})"
     return (f"| {row.paper}{again} | {row.what} | {place} "
-            f"| [`{module}`](../dvr1_lite/{module}.py) `.{name}` "
-            f"| [`{tests}`](../tests/test_{tests}.py) `{test.removeprefix('test_').replace('_', ' ')}` |")
+            f"| [`{module}`](../dvr1_lite/{module.replace('.', '/')}.py) `.{name}` "
+            f"| [`{tests}`](../tests/{folder}/test_{tests}.py) `{test.removeprefix('test_').replace('_', ' ')}` |")
 
 
 def markdown() -> str:

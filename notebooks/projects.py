@@ -1,6 +1,6 @@
 """Experiments without recorded runs as student projects: question, command, price, and what to look at.
 
-Names and questions are those of `dvr1_lite.experiments.BEYOND`; notebook 05 prints the list.
+Names and questions are those of `dvr1_lite.lab.tables.BEYOND`; notebook 05 prints the list.
 """
 
 import json
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dvr1_lite.experiments import BEYOND, NEUTRAL, Run, find_recorded, fingerprints, plan, read_settings, saved_config
+from dvr1_lite.lab.runner import NEUTRAL, Run, fingerprints, plan, read_settings, recorded_seeds, saved_config
+from dvr1_lite.lab.tables import BEYOND
 
 LOOK_AT = {
     "updates": "the rows with DA, beside table 4 at equal rollouts",
@@ -44,7 +45,7 @@ def projects(shelf: Path, recorded: Mapping[str, dict], done: Collection[str]) -
             continue
         planned = plan(one, settings=settings)
         prints = prints or fingerprints(planned[0].config)
-        missing = sum(find_recorded(run, prints, alike(run, recorded)) is None for run in planned)
+        missing = sum(run.seed not in recorded_seeds(run, prints, alike(run, recorded)) for run in planned)
         told.append(f"{one.name}: {one.question}\n"
                     f"    python -m dvr1_lite reproduce {one.name} --jobs 2\n"
                     f"    {missing} runs to make, about {minutes * missing:.0f} core-minutes\n"
@@ -53,7 +54,7 @@ def projects(shelf: Path, recorded: Mapping[str, dict], done: Collection[str]) -
 
 
 def alike(run: Run, recorded: Mapping[str, dict]) -> dict[str, dict]:
-    """The recorded runs whose config reads like this run's: `find_recorded` takes long over many."""
+    """The recorded runs whose config reads like this run's: `recorded_seeds` takes long over many."""
     config = json.loads(json.dumps(saved_config(run.config)))
     matter = {name: value for name, value in config.items() if name not in NEUTRAL}
     return {file: old for file, old in recorded.items()

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dvr1_lite.advantages import vanish_probability
-from dvr1_lite.objectives import METHODS, ObjectiveConfig
+from dvr1_lite.config import ObjectiveConfig
+from dvr1_lite.objectives import Batch, objective_loss
 
 WORDS, TOKENS, PROMPTS, GROUP = 4, 3, 16, 8
 COMPLETIONS = torch.tensor(list(product(range(WORDS), repeat=TOKENS)))  # (64, T)
@@ -69,18 +70,18 @@ def group_loss(
     """The loss of sampled groups: mean over the prompts of a seed, summed over seeds, so that none sees another."""
     rewards = right.gather(2, ids).reshape(-1, ids.shape[-1])
     logp_old = pick(old, ids)
-    loss, _ = METHODS[config.method](
-        pick(token_logps(parameters), ids), logp_old, pick(reference, ids), torch.ones_like(logp_old), rewards, config)
-    return loss * len(ids)
+    mask = torch.ones_like(logp_old)
+    batch = Batch(pick(token_logps(parameters), ids), logp_old, pick(reference, ids), mask, rewards)
+    return objective_loss(batch, config) * len(ids)
 
 
 def rho_gradient(method: str, rho: Tensor, rewards: Tensor, **settings) -> Tensor:
-    r"""d loss / d rho of one group, (G,), without a KL term: completions of one token, both statistics without guard."""
+    r"""d loss / d rho of one group, (G,), without a KL term; one token each, no epsilon on the rewards' std."""
     logp = rho.detach().clone().reshape(1, -1, 1).requires_grad_()
     settings = {"beta": 0.0, "advantage_eps": 0.0, "logp_reduction": "sum"} | settings
     config = ObjectiveConfig(method=method, **settings)
-    loss, _ = METHODS[method](logp, torch.zeros_like(logp), None, torch.ones_like(logp), rewards[None], config)
-    return torch.autograd.grad(loss, logp)[0].flatten()
+    batch = Batch(logp, torch.zeros_like(logp), None, torch.ones_like(logp), rewards[None])
+    return torch.autograd.grad(objective_loss(batch, config), logp)[0].flatten()
 
 
 def flat(tensors) -> Tensor:
@@ -94,7 +95,8 @@ def flat(tensors) -> Tensor:
 def race(config: ObjectiveConfig, lr: float, seeds, batches: int = 30, inner: int = 4) -> Tensor:
     """Train from scratch: reward, KL to the start and vanishing share, before each batch and at the end.
 
-    Returns (batches + 1, 3, S), exact values, means over prompts. A batch is one group of 8 for each of the 16 prompts, used for `inner` Adam updates. "dpo" samples from the start.
+    Returns (batches + 1, 3, S), exact values, means over prompts. A batch is one group of 8 for each of the
+    16 prompts, used for `inner` Adam updates. "dpo" samples from the start.
     """
     parameters, right = make_world(seeds)
     reference = token_logps(parameters).detach()

@@ -22,7 +22,7 @@ TEMPLATE = (
 
 
 def write_tokenizer(folder: Path) -> dict[str, int]:
-    r"""Write a word-level tokenizer with Qwen's special tokens and a chat template; returns the ids of the special."""
+    r"""Write a word-level tokenizer with Qwen's special tokens and a chat template; return the special tokens' ids."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -44,29 +44,27 @@ def write_model(folder: Path, family: str = "qwen2_5_vl", *, seed: int = 0, hidd
 
     folder.mkdir(parents=True, exist_ok=True)
     ids = write_tokenizer(folder)
-    size = len(SPECIAL + WORDS)
     per_axis = hidden // heads // 2  # rotary pairs, divided over time, height and width
-    text = {"vocab_size": size, "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "num_key_value_heads": heads // 2, "max_position_embeddings": 4096,
+    text = {"vocab_size": len(SPECIAL + WORDS), "hidden_size": hidden, "intermediate_size": intermediate,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads // 2,
+            "max_position_embeddings": 4096,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
                                 "mrope_section": [per_axis - 2 * (per_axis // 3), per_axis // 3, per_axis // 3]},
             "bos_token_id": None, "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
-    shared = {"depth": 2, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    vision = {"depth": 2, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
     special = {"image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
                "vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"]}
     if family == "qwen2_5_vl":
-        vision = {**shared, "hidden_size": 16, "intermediate_size": 32, "out_hidden_size": hidden, "window_size": 56,
-                  "fullatt_block_indexes": [1], "tokens_per_second": 2}
-        config = hf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **special)
-        kind = hf.Qwen2_5_VLForConditionalGeneration
+        vision |= {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": hidden, "window_size": 56,
+                   "fullatt_block_indexes": [1], "tokens_per_second": 2}
+        config, kind = hf.Qwen2_5_VLConfig, hf.Qwen2_5_VLForConditionalGeneration
     else:
-        vision = {**shared, "embed_dim": 16, "hidden_size": hidden, "mlp_ratio": 2}
-        config = hf.Qwen2VLConfig(text_config=text, vision_config=vision, **special)
-        kind = hf.Qwen2VLForConditionalGeneration
+        vision |= {"embed_dim": 16, "hidden_size": hidden, "mlp_ratio": 2}
+        config, kind = hf.Qwen2VLConfig, hf.Qwen2VLForConditionalGeneration
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = kind(config)
-        for name, parameter in model.named_parameters():
+        model = kind(config(text_config=text, vision_config=vision, **special))
+        for parameter in model.parameters():
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=scale * (32 / parameter[0].numel()) ** 0.5)
     model.save_pretrained(folder)
@@ -77,14 +75,14 @@ def write_model(folder: Path, family: str = "qwen2_5_vl", *, seed: int = 0, hidd
 
 
 def make_clip(seed: int = 0, frames: int = 4, size: int = 56, fps: float = 2.0) -> Clip:
-    r"""A clip of random pixels: `frames` frames of `size` x `size`, sampled at `fps` frames a second."""
+    r"""Make a clip of random pixels: `frames` frames of `size` x `size`, sampled at `fps` frames a second."""
     pixels = torch.rand((frames, 3, size, size), generator=torch.Generator().manual_seed(seed))
     seconds = [(index + 0.5) / fps for index in range(frames)]
     return Clip(frames=pixels, seconds=seconds, fps=fps, duration=frames / fps, path=f"clip{seed}.mp4")
 
 
 def add_noise_to_lora(model: torch.nn.Module, seed: int = 1, scale: float = 0.2) -> None:
-    r"""LoRA's B starts at zero; give it values, so that the adapter changes the outputs."""
+    r"""Give LoRA's B values, which are zero at the start, so that the adapter changes the outputs."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

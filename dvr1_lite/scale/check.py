@@ -1,0 +1,148 @@
+r"""Check a data set before training on it: what is in it, which files are missing or broken, which spans lie outside
+their clip, and how much smaller the frames get. One clip is open at a time, and frames are kept at `frame_size`.
+"""
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from ..data import Record, prompt_text
+from ..decoding import probe_clip
+from ..errors import ClipError, RecordError
+from ..video import Clip, read_clip, read_image
+
+ROUNDING = 0.05  # seconds; annotations are rounded to a tenth of a second
+
+
+class Media(NamedTuple):
+    r"""A readable clip or picture (duration 0): its own size in pixels, and its length in seconds."""
+
+    width: int
+    height: int
+    duration: float
+
+
+@dataclass
+class Report:
+    r"""What `check_records` found. Each problem is a (record id, message) pair; `media` has every readable file."""
+
+    records: Sequence[Record]
+    num_frames: int
+    frame_size: int
+    media: dict[Path, Media] = field(default_factory=dict)
+    missing: list[tuple[str, str]] = field(default_factory=list)
+    undecodable: list[tuple[str, str]] = field(default_factory=list)
+    span_errors: list[tuple[str, str]] = field(default_factory=list)
+    spans_outside: list[tuple[str, str]] = field(default_factory=list)
+    record_errors: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        r"""Whether every record can be trained on. A span that only reaches out of its clip is allowed."""
+        return not (self.missing or self.undecodable or self.span_errors or self.record_errors)
+
+
+def check_records(records: Iterable[Record], num_frames: int = 1, frame_size: int = 252, *, decode: bool = True,
+                  errors: Iterable[RecordError] = ()) -> Report:
+    r"""Open every clip and picture once, and compare the spans with the clips' true durations.
+
+    num_frames, frame_size (pixels): as in training. decode: False reads headers and packets only, which finds missing
+    and truncated files but not pictures that do not decode. errors: what reading the records collected.
+    """
+    report = Report(list(records), num_frames, frame_size, record_errors=[("", str(error)) for error in errors])
+    failed: dict[Path, str] = {}
+    for record in report.records:
+        for path in filter(None, (record.clip, record.image)):
+            if path not in report.media and path not in failed:
+                try:
+                    report.media[path] = _open_media(path, path == record.clip, num_frames, frame_size, decode)
+                except ClipError as error:
+                    failed[path] = str(error)
+            if path in failed:
+                where = report.undecodable if os.path.exists(path) else report.missing
+                where.append((record.record_id, failed[path]))
+        media = report.media.get(record.clip)
+        duration = media.duration if media else record.duration
+        for start, end in record.spans if duration is not None else ():
+            text = f"{record.clip}: the span from {start} to {end} s"
+            if start >= duration or end <= 0:
+                report.span_errors.append((record.record_id, f"{text} lies outside the clip of {duration:.2f} s"))
+            elif start < 0 or end > duration + ROUNDING:
+                report.spans_outside.append((record.record_id, f"{text} reaches out of the clip of {duration:.2f} s"))
+    return report
+
+
+def _open_media(path: Path, is_clip: bool, num_frames: int, frame_size: int, decode: bool) -> Media:
+    size = (frame_size, frame_size)
+    if is_clip:
+        probe = probe_clip(path)
+        if decode:
+            read_clip(path, num_frames, size)
+        elif len(probe.starts) < num_frames:
+            raise ClipError(f"{path}: the clip has {len(probe.starts)} frames but {num_frames} are asked for; sample "
+                            f"fewer")
+        return Media(probe.width, probe.height, probe.duration)
+    if decode:
+        read_image(path, size)
+    try:
+        with Image.open(path) as picture:  # reads the header
+            return Media(*picture.size, 0.0)
+    except OSError as error:
+        raise ClipError(f"{path}: not a readable picture; download or save it again") from error
+
+
+def format_report(report: Report, examples: int = 3) -> str:
+    r"""Return the report as text: counts, the five most frequent sizes, then each kind of problem with its first
+    `examples` cases."""
+    lines = [f"{len(report.records)} records, {len(report.media)} readable clips and pictures"]
+    for kind in ("problem_type", "question_type"):
+        counts = Counter(getattr(record, kind) for record in report.records)
+        lines += [f"  {kind.replace('_', ' ')} {name}: {count}" for name, count in sorted(counts.items())]
+    shown, sizes = f"{report.frame_size} x {report.frame_size}", Counter(m[:2] for m in report.media.values())
+    for (width, height), count in sizes.most_common(5):
+        shape = "" if width == height else f", aspect ratio {width / height:.2f} squeezed to 1"
+        lines.append(f"  {count} of {width} x {height} pixels are shown as {shown}{shape}")
+    lines += [f"  and {len(sizes) - 5} other sizes are shown as {shown}"] * (len(sizes) > 5)
+    if lengths := [media.duration for media in report.media.values() if media.duration]:
+        low, high, count = min(lengths), max(lengths), report.num_frames
+        lines.append(f"  clips of {low:.1f} to {high:.1f} s: {count} frames are one every {low / count:.1f} to "
+                     f"{high / count:.1f} s")
+    problems = {"unreadable records": report.record_errors, "missing files": report.missing,
+                "undecodable files": report.undecodable, "spans without a second in their clip": report.span_errors,
+                "spans that reach out of their clip (kept as annotated)": report.spans_outside}
+    for title, found in problems.items():
+        lines.append(f"{title}: {len(found)}")
+        lines += [f"  {name}: {message}" if name else f"  {message}" for name, message in found[:examples]]
+        lines += [f"  and {len(found) - examples} more"] * (len(found) > examples)
+    return "\n".join(lines)
+
+
+def examples(records: Sequence[Record], num_frames: int, frame_size: int = 252, count: int = 3
+             ) -> list[tuple[Record, Clip]]:
+    r"""Return up to `count` readable records, of different question types first, with their frames as the model sees
+    them (a picture is one frame)."""
+    firsts = {record.question_type: record for record in reversed(records)}
+    order = [*reversed(firsts.values()), *(record for record in records if record is not firsts[record.question_type])]
+    found, size = [], (frame_size, frame_size)
+    for record in order:
+        if len(found) == count:
+            break
+        with contextlib.suppress(ClipError):
+            clip = read_clip(record.clip, num_frames, size) if record.clip else Clip(
+                frames=read_image(record.image, size), seconds=[0.0], fps=1.0, duration=0.0, path=str(record.image))
+            found.append((record, clip))
+    return found
+
+
+def show_record(record: Record) -> str:
+    r"""Return a record as text: the prompt, the correct answer, and the files."""
+    lines = [f"record:   {record.record_id} ({record.problem_type}; {record.question_type})",
+             *(f"prompt:   {line}" for line in prompt_text(record).splitlines()), f"answer:   {record.answer_in_words}"]
+    files = [("clip", record.clip), ("picture", record.image)]
+    return "\n".join(lines + [f"{name + ':':<10}{path}" for name, path in files if path is not None])

@@ -1,0 +1,260 @@
+r"""The command line: options, messages, exit status."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from dvr1_lite import __main__ as cli
+from dvr1_lite.config import TrainConfig
+from dvr1_lite.files import resolve
+from tests.small_run import write_world
+
+SMALL = ["--num-frames", "4", "--steps", "2", "--prompts-per-step", "2", "--group_size=3", "--max-new-tokens", "5",
+         "--inner-updates", "1", "--quantization", "none"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    r"""Train through the command line, with a config file and overrides; the run's folder and what was printed."""
+    out, file = tmp_path_factory.mktemp("runs") / "cli", world / "small.yaml"
+    file.write_text(f"model: {world / 'model'}\ntrain_file: {world / 'records.jsonl'}\n"
+                    f"eval_files:\n  val: {world / 'records.jsonl'}\nsteps: 99\n")
+    printed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.print", lambda *words, file=None, **_: printed.append(" ".join(map(str, words))))
+        patch.setenv("MPLBACKEND", "Agg")
+        assert cli.main(["train", "--config", str(file), *SMALL, "--out", str(out)]) == 0
+    return out, "\n".join(printed)
+
+
+@pytest.fixture(scope="module")
+def run(trained):
+    return trained[0]
+
+
+def fails(capsys, arguments, *expected):
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    last = captured.err.splitlines()[-1]
+    assert last.startswith("error: ") and captured.err.count("error: ") == 1 and not captured.out
+    for text in expected:
+        assert text in last
+
+
+def python(*arguments, **variables) -> subprocess.CompletedProcess:
+    r"""Run python with the package on its path; stdout and stderr as bytes."""
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, timeout=120,
+                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])} | variables)
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_win_over_the_file(run):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and json.loads(lines[0])["rollouts"] == 6
+
+
+def test_training_ends_with_the_change_its_figures_and_the_next_command(trained):
+    run, printed = trained
+    assert re.search(r"val: [\d.]+ -> [\d.]+ %, change [+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\] points .*n = 6 on 3 clips",
+                     printed)
+    assert "12 rollouts, 2 updates" in printed and f"everything is in {run}" in printed
+    figures = re.search("figures: (.+)", printed)[1].split(", ")
+    assert figures and {*map(str, (run / "figures").iterdir())} == set(figures)
+    assert f"next: python -m dvr1_lite ask --adapter {run}" in printed.splitlines()[-1]
+
+
+def test_a_complete_run_is_not_repeated(run, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if "figures" not in path.parts}
+    assert cli.main(["train", "--resume", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "complete, all 2 steps; nothing was done. For a longer one" in printed and "val: " in printed
+    after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if "figures" not in path.parts}
+    assert {path for path in before if before[path] != after[path]} <= {run}  # drawing figures touches the folder
+
+
+def test_help_lists_every_field_with_unit_and_paper_value(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0 and "--config" in printed and "--resume" in printed
+    for field in fields(TrainConfig):
+        assert f"--{field.name}" in printed, field.name
+    assert printed.count("; paper: ") >= len(fields(TrainConfig))
+    assert "The objective: --method" in printed and "The run: --seed" in printed
+    assert "--no_figures, --no-figures The same as --figures false." in printed
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0 and printed.startswith(f"usage: python -m dvr1_lite {command}")
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    (["--group-size", "1"], "group_size is 1"),
+    (["--group-size", "1000000000"], "group_size is 1000000000"),
+    (["--group-size", "two"], "invalid int value: 'two'"),
+    (["--history-window=0"], "history_window is 0"),
+    (["--learning-rat", "1"], "did you mean learning_rate"),
+    (["--lr=1"], "learning_rate"),
+    (["--step", "3"], "did you mean steps"),
+    (["--method", "ppo"], "reg-grpo"),
+    (["--beta"], "expected one argument"),
+    (["--config", "none.yaml"], "none.yaml cannot be read"),
+    (["--card", "7", "--config", "seed_bench_r1_qwen2_5_vl_3b"], "choose one of 16, 24, 80"),
+    (["extra"], "unknown config key 'extra'")])
+def test_mistakes_in_the_options_of_train_are_explained(arguments, expected, capsys):
+    fails(capsys, ["train", *arguments], expected)
+
+
+def test_none_and_empty_lists_can_be_given():
+    _, _, given = cli.parse_training(["--clip-eps", "none", "--micro-batch", "4", "--eval-files", "--mask-vanished",
+                                      "false", "--beta", "1"])
+    assert given == {"clip_eps": None, "micro_batch": 4, "eval_files": [], "mask_vanished": False, "beta": 1.0}
+    assert cli.parse_training([]) == (None, None, {})
+
+
+def test_a_folder_that_holds_a_run_is_refused(run, capsys):
+    fails(capsys, ["train", "--out", run], "already holds a run", "--resume", "another --out")
+    fails(capsys, ["train", "--resume", run, "--steps", 5], "leave out steps")
+    fails(capsys, ["train", "--resume", run.parent], "holds no run")
+
+
+def test_records_models_and_packages_that_are_missing_are_named(world, tmp_path, capsys, monkeypatch):
+    import importlib.util
+
+    record = {"problem_id": 1, "data_type": "video", "problem_type": "exact", "path": "a"}
+    (tmp_path / "bad.jsonl").write_text(json.dumps(record) + "\n")
+    (tmp_path / "config.json").write_text("{}")
+    base = ["train", "--out", tmp_path / "x", "--eval-files", "--train-file"]
+    fails(capsys, [*base, tmp_path / "bad.jsonl"], "bad.jsonl, line 1", "problem")
+    fails(capsys, [*base, world / "records.jsonl", "--model", tmp_path], str(tmp_path))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest))
+    fails(capsys, [*base, world / "records.jsonl", "--model", world / "model"], "bitsandbytes", "quantization: none")
+
+
+# --- the console -----------------------------------------------------------------------------------------------------
+
+
+def test_a_console_of_few_characters_ends_in_no_traceback(world):
+    row = {"video": "0.mp4", "question": "what \u6f22 colour", "answer": "A", "options": ["red", "\u6f22"]}
+    (world / "a.jsonl").write_text(json.dumps(row) + "\n")
+    done = python("-m", "dvr1_lite", "check", "--data", world / "a.jsonl", PYTHONIOENCODING="cp1252", PYTHONUTF8="0")
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stdout + done.stderr
+    assert b"what \\u6f22 colour" in done.stdout and b"never seen \\u6f22" in done.stderr
+
+
+def test_a_missing_package_is_one_line():
+    done = python("-c", "import sys; sys.modules['torch'] = None; from dvr1_lite.__main__ import main; "
+                        "sys.exit(main(['ask', '--clip', 'a', '--question', 'b']))")
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and done.stdout == b""
+    assert done.stderr.startswith(b"error: the package torch is not installed here: activate the environment")
+
+
+def test_ctrl_c_is_one_line(capsys, monkeypatch):
+    def stop(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "ask", stop)
+    assert cli.main(["ask"]) == cli.INTERRUPTED and capsys.readouterr().err == "interrupted\n"
+
+
+def test_commands_are_listed_and_guessed(capsys):
+    assert cli.main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {name} " in printed for name in cli.COMMANDS)
+    fails(capsys, ["trian"], "did you mean train?")
+    fails(capsys, ["xyzzy"], "use one of train, evaluate")
+
+
+# --- evaluate and ask ------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_uses_the_runs_config_and_resumes(run, world, tmp_path, capsys):
+    arguments = ["evaluate", "--adapter", str(run), "--data", str(world / "records.jsonl"), "--out",
+                 str(tmp_path / "e"), "--batch", "2"]
+    assert cli.main(arguments) == 0
+    first, printed = json.loads((tmp_path / "e" / "summary.json").read_text()), capsys.readouterr().out
+    assert first["n"] == 6 and "all " in printed and "n = 6 on 3 clips" in printed and "format" in printed
+    after = json.loads((run / "summary.json").read_text())["after"]["val"]
+    assert first["accuracy"] == after["accuracy"] and first["by_type"] == after["by_type"]
+    predictions = tmp_path / "e" / "predictions.jsonl"
+    kept = predictions.read_text()
+    predictions.write_text("".join(kept.splitlines(keepends=True)[:3]))
+    assert cli.main(arguments) == 0 and predictions.read_text() == kept
+    assert json.loads((tmp_path / "e" / "summary.json").read_text())["accuracy"] == first["accuracy"]
+    capsys.readouterr()
+    fails(capsys, [*arguments[:-1], "3"], "another batch")
+
+
+def test_mistakes_in_the_options_of_evaluate_are_explained(run, world, tmp_path, capsys):
+    base = ["evaluate", "--data", world / "records.jsonl", "--model", world / "model"]
+    fails(capsys, ["evaluate", "--out", tmp_path / "e"], "--data")
+    fails(capsys, [*base, "--out", tmp_path / "e", "--samples", 0], "samples is 0")
+    fails(capsys, [*base, "--out", run], "holds no evaluation")
+    fails(capsys, [*base, "--out", tmp_path / "e", "--adapter", tmp_path], "adapter_config.json")
+
+
+def test_ask_prints_trace_answer_and_span(run, world, capsys, monkeypatch):
+    where = ["--clip", str(world / "0.mp4"), "--adapter", str(run / "adapter"), "--question", "when"]
+    assert cli.main(["ask", *where]) == 0
+    assert capsys.readouterr().out.startswith(("trace: ", "not in the form"))
+    text = "<think> red first </think> <answer> B </answer> <glue> 1.0 2.5 </glue>"
+    monkeypatch.setattr("dvr1_lite.rollout.sample_groups", lambda *_, **__: type("Rollout", (), {"texts": [[text]]}))
+    assert cli.main(["ask", *where]) == 0
+    assert capsys.readouterr().out == "trace:  red first\nanswer: B, from 1.0 to 2.5 s\n"
+    assert cli.main(["ask", *where, "--options", "red", "B. green"]) == 0
+    assert "answer: B (green), from 1.0 to 2.5 s\n" in capsys.readouterr().out
+    fails(capsys, ["ask", "--clip", world / "none.mp4", *where[2:]], "none.mp4: no such file")
+
+
+def test_ask_names_words_that_the_model_does_not_know(capsys):
+    where = ["ask", "--clip", str(resolve("data/toyvideoqa/clips/L1/parade_0000.mp4")), "--question"]
+    assert cli.main([*where, "What vehicle, if any, is first?"]) == 0
+    assert "never seen vehicle, if, any;" in capsys.readouterr().err
+    assert cli.main([*where, "Tell me the shapes second by second."]) == 0
+    assert capsys.readouterr().err == ""
+
+
+# --- the others ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["data", "pretrain"])
+def test_a_folder_in_use_is_not_built_into(command, tmp_path, capsys):
+    (tmp_path / "something").write_text("")
+    fails(capsys, [command, "--out", tmp_path], "not empty")
+    fails(capsys, [command, "--out", tmp_path / "something"], "not empty")
+    fails(capsys, [command], "--out")
+
+
+def test_data_and_pretrain_pass_seed_and_folder(tmp_path, capsys, monkeypatch):
+    seen, new = [], tmp_path / "new"
+    monkeypatch.setattr("dvr1_lite.toy.world.build_dataset", lambda out, seed: seen.append((out, seed)) or {
+        "splits": {"train": {"questions": 2, "clips": 1}}})
+    monkeypatch.setattr("dvr1_lite.toy.recipe.pretrain",
+                        lambda out, recipe: seen.append((out, recipe.seed)) or {"parameters": 7, "minutes": 1.5})
+    monkeypatch.setattr("dvr1_lite.policy.Policy.load", lambda folder: folder)
+    monkeypatch.setattr("dvr1_lite.toy.examination.examine", lambda policy, records, **how: {"policy": policy})
+    monkeypatch.setattr("dvr1_lite.toy.examination.write", lambda found, out: seen.append((found["policy"], out)))
+    monkeypatch.setattr("dvr1_lite.toy.examination.as_table", lambda found: "a table")
+    for command in ("data", "pretrain"):
+        assert cli.main([command, "--out", str(new), "--seed", "3"]) == 0
+    assert seen == [(new, 3), (new, 3), (new, new)]
+    assert capsys.readouterr().out == f"train: 2 questions on 1 clips\n7 parameters in {new}, 1.5 minutes\na table\n"

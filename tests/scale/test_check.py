@@ -1,0 +1,85 @@
+r"""The check of a data set: what it counts, what it finds, and how large frames become."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dvr1_lite.data import read_records
+from dvr1_lite.scale import check
+from dvr1_lite.scale.check import check_records, examples, format_report, show_record
+from dvr1_lite.scale.datasets import read_any
+from dvr1_lite.toy.clips import write_clip
+from tests.core.test_data import CHOICE, NUMBER, SPAN, without, write_lines
+from tests.scale.test_datasets import write_gqa
+
+
+@pytest.fixture
+def folder(tmp_path):
+    r"""A clip of 4 s, one with 4 frames, one cut off, a picture; and `none.mp4`, which does not exist."""
+    frames = np.random.default_rng(0).integers(0, 255, (16, 64, 96, 3), dtype=np.uint8)
+    (tmp_path / "clips").mkdir()
+    write_clip(tmp_path / "clips/a.mp4", frames, 4)
+    write_clip(tmp_path / "clips/short.mp4", frames[:4], 4)
+    (tmp_path / "clips/bad.mp4").write_bytes((tmp_path / "clips/a.mp4").read_bytes()[:-200])
+    Image.fromarray(frames[0]).save(tmp_path / "clips/a.png")
+    return tmp_path
+
+
+def span(record_id: str, start: float, end: float) -> dict:
+    return SPAN | {"problem_id": record_id, "solution": f"<answer>A</answer><glue>[({start}, {end})]</glue>"}
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_the_check_counts_and_finds_what_is_incorrect(folder, decode):
+    rows = [CHOICE, span("inside", 1, 2), span("before", -0.1, 2), span("after", 3, 4.2), span("rounded", 3, 4.04),
+            span("outside", 5, 9), NUMBER | {"data_type": "image", "path": "clips/a.png"}]
+    rows += [NUMBER | {"problem_id": name, "path": f"clips/{name}.mp4"} for name in ("short", "bad", "none")]
+    errors = []
+    path = write_lines(folder / "rows.jsonl", rows + [without(CHOICE, "problem")])
+    report = check_records(read_records(path, errors=errors), 8, 56, decode=decode, errors=errors)
+    assert (len(report.records), report.ok) == (10, False)
+    assert {path.name: media[:2] for path, media in report.media.items()} == {"a.mp4": (96, 64), "a.png": (96, 64)}
+    assert report.media[folder / "clips/a.mp4"].duration == pytest.approx(4.0)
+    found = {name: [record_id for record_id, _ in getattr(report, name)]
+             for name in ("missing", "undecodable", "span_errors", "spans_outside")}
+    assert found == {"missing": ["none"], "undecodable": ["short", "bad"], "span_errors": ["outside"],
+                     "spans_outside": ["before", "after"]}
+    text = format_report(report, examples=1)
+    for line in ("10 records, 2 readable", "problem type grounding: 5", "question type when: 5", "missing files: 1",
+                 "undecodable files: 2",
+                 "reach out of their clip (kept as annotated): 2", "and 1 more", "unreadable records: 1",
+                 "field 'problem': is missing", "4 frames but 8 are asked for",
+                 "2 of 96 x 64 pixels are shown as 56 x 56, aspect ratio 1.50 squeezed to 1",
+                 "clips of 4.0 to 4.0 s: 8 frames are one every 0.5 to 0.5 s"):
+        assert line in text, line
+
+
+def test_a_sound_data_set_is_ok_and_each_clip_is_opened_once(folder, monkeypatch):
+    opened, read_clip = [], check.read_clip
+    monkeypatch.setattr(check, "read_clip", lambda *args: opened.append(args) or read_clip(*args))
+    path = write_lines(folder / "rows.jsonl", [CHOICE, NUMBER, span("reaches out", -0.1, 2)])
+    report = check_records(read_records(path), 8, 56)
+    assert report.ok and [args[1:] for args in opened] == [(8, (56, 56))], "frames are kept at their final size"
+    assert "missing files: 0" in format_report(report) and len(report.spans_outside) == 1
+    check_records(read_records(path), 8, 56, decode=False)
+    assert len(opened) == 1, "headers only"
+    (folder / "clips/a.mp4").unlink()
+    assert len(check_records(read_records(path), 8).missing) == 3
+
+
+def test_spans_of_missing_clips_are_compared_with_the_annotated_duration(tmp_path):
+    report = check_records(read_any(write_gqa(tmp_path)), 4)
+    assert len(report.missing) == 3
+    assert [name for name, _ in report.spans_outside] == ["4010069381_6"] * 2  # [-0.1, 2.5] and [5.0, 14.0] of 12.3 s
+
+
+def test_examples_are_readable_records_of_different_types_first(folder):
+    rows = [CHOICE | {"problem_id": "unreadable", "path": "clips/bad.mp4"}, CHOICE | {"problem_id": "c1"},
+            CHOICE | {"problem_id": "c2"}, SPAN, NUMBER | {"data_type": "image", "path": "clips/a.png"}]
+    records = read_records(write_lines(folder / "rows.jsonl", rows))
+    found = examples(records, 8, 56, count=3)
+    assert [record.record_id for record, _ in found] == ["9", "8", "c1"]
+    assert [tuple(clip.frames.shape) for _, clip in found] == [(8, 3, 56, 56), (1, 3, 56, 56), (8, 3, 56, 56)]
+    shown = show_record(found[1][0])
+    for text in ("record:   8 (numerical; numerical)", "prompt:   Which colour", "answer:   3.5", "picture:  "):
+        assert text in shown and "clip:" not in shown

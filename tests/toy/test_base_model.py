@@ -1,0 +1,94 @@
+r"""The shipped base model: its groups vanish at both ends, it reads hints, and it looks at the video."""
+
+import json
+
+import pytest
+import torch
+
+from dvr1_lite.data import read_records
+from dvr1_lite.files import data_folder
+from dvr1_lite.policy import Policy
+from dvr1_lite.rewards import Score
+from dvr1_lite.toy.examination import Examiner, accuracy, as_table, examine, group_facts, write
+
+FOLDER = "base_model"
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return json.loads((data_folder() / FOLDER / "acceptance.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return Policy.load(data_folder() / FOLDER)
+
+
+@pytest.fixture(scope="module")
+def records():
+    return read_records(data_folder() / "toyvideoqa" / "train.jsonl")
+
+
+def test_recorded_figures_meet_the_acceptance(recorded):
+    """Measured by `python -m dvr1_lite pretrain` on 200 prompts a type, groups of 8."""
+    overall, types = recorded["overall"], recorded["types"]
+    assert recorded["prompts_per_type"] == 200 and len(types) == 9
+    assert overall["format"] >= 0.99
+    assert 0.25 <= overall["sampled"] <= 0.55
+    assert 0.40 <= overall["zero_spread"] <= 0.65
+    assert overall["all_right"] >= 0.15 and overall["all_wrong"] >= 0.15
+    sampled = [facts["sampled"] for facts in types.values()]
+    assert min(sampled) < 0.15 and max(sampled) > 0.80
+    assert overall["hint"]["1.0"] >= 0.85 and overall["trace_found"] >= 0.60
+    noise = list(overall["noise"].values())
+    assert all(b <= a + 0.02 for a, b in zip(noise, noise[1:])) and noise[-1] < noise[0] - 0.1
+    assert overall["swapped_clip"] < overall["sampled"] - 0.15
+
+
+def test_a_small_examination_agrees_with_the_recorded_one(recorded, policy, records):
+    """24 prompts a type; the bounds are about four standard errors wide."""
+    examiner = Examiner(policy, 8, 28, torch.Generator().manual_seed(1))
+    chosen = [[record for record in records if record.question_type == name][:24] for name in recorded["types"]]
+    groups = [examiner.ask(rows, 8) for rows in chosen]
+    sampled = sum(map(accuracy, groups)) / len(groups)
+    assert abs(sampled - recorded["overall"]["sampled"]) < 0.10
+    zero_spread = sum(group_facts(group)["zero_spread"] for group in groups) / len(groups)
+    assert abs(zero_spread - recorded["overall"]["zero_spread"]) < 0.14
+    swapped = sum(accuracy(examiner.ask(rows, 4, swap=True)) for rows in chosen) / len(chosen)
+    assert swapped < sampled - 0.10
+
+
+def test_an_examination_has_the_keys_of_the_recorded_one(recorded, policy, records, tmp_path):
+    shape = [record for record in records if record.question_type == "shape"]
+    backwards = [record for record in records if record.question_type == "backwards"]
+    found = examine(policy, shape[:4] + backwards[:4], num_frames=8, max_new_tokens=28, prompts_per_type=2,
+                    progress=False)
+    write(found, tmp_path)
+    written = json.loads((tmp_path / "acceptance.json").read_text())
+    assert written["overall"].keys() == recorded["overall"].keys()
+    assert written["types"]["backwards"].keys() == recorded["types"]["backwards"].keys()
+    for key in ("noise", "hint"):
+        assert written["overall"][key].keys() == recorded["overall"][key].keys()
+    assert [facts["prompts"] for facts in written["types"].values()] == [2, 2]
+    assert (tmp_path / "ACCEPTANCE.md").read_text().endswith(as_table(found))
+
+
+def scores(*totals):
+    return [Score(format=1.0, accuracy=total - 1.0, iou=None, total=total, maximum=2.0) for total in totals]
+
+
+def test_group_facts_by_hand():
+    groups = [scores(2, 2, 2), scores(1, 1, 1), scores(2, 1, 2), scores(1, 1, 2)]
+    assert group_facts(groups) == {"zero_spread": 0.5, "all_right": 0.25, "all_wrong": 0.25}
+
+
+def test_the_table_has_a_row_for_each_type(recorded):
+    lines = as_table(recorded).splitlines()
+    for name, facts in recorded["types"].items():
+        row = next(line for line in lines if line.startswith(f"| {name} |"))
+        assert f"{100 * facts['sampled']:.0f}" == row.split(" | ")[2]
+
+
+def test_model_and_data_are_small_enough():
+    assert sum(path.stat().st_size for path in (data_folder() / FOLDER).iterdir()) <= 12e6
+    assert sum(path.stat().st_size for path in data_folder().rglob("*") if path.is_file()) <= 40e6

@@ -1,0 +1,110 @@
+r"""The recipe of the base model at a very small size: tokenizer, examples, positions, and a model that loads."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+from dvr1_lite.data import prompt_text
+from dvr1_lite.policy import Policy
+from dvr1_lite.rewards import score
+from dvr1_lite.toy import recipe
+from dvr1_lite.toy.world import QUESTION_TYPES, make_item, make_scene, moments_of, seeded, split_scenes
+from dvr1_lite.video import Clip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return recipe.build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    sizes = recipe.Recipe(clips=3, encoder_steps=2, encoder_batch=4, drill_steps=2, text_steps=2, polish_steps=2,
+                          text_batch=4)
+    return folder, recipe.pretrain(folder, sizes)
+
+
+def test_every_word_of_the_data_is_a_token(tokenizer):
+    for split in ("tune", "L3"):
+        for (_, _, items), _ in zip(split_scenes(split), range(60)):
+            for item in items:
+                text = prompt_text(item, hint=item.trace, show_answer=True)
+                text += recipe.completion_text(item.trace, item.answer, *item.spans)
+                assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"], text
+
+
+def test_a_decoded_completion_has_the_format_that_the_rewards_read(tokenizer):
+    text = recipe.completion_text("circle from 1.0 to 2.0 red A", "A", (1.0, 2.0))
+    decoded = tokenizer.decode(tokenizer(text + "<|im_end|>")["input_ids"], skip_special_tokens=True)
+    assert decoded == "<think> circle from 1.0 to 2.0 red A </think> <answer> A </answer> <glue> 1.0 2.0 </glue>"
+
+
+def test_punctuation_and_a_capital_first_word_do_not_change_the_tokens(tokenizer):
+    plain = tokenizer("what colour is the circle options A red B blue")["input_ids"]
+    assert tokenizer("What colour is the circle?\nOptions: A. red B. blue")["input_ids"] == plain
+
+
+def test_every_question_type_has_a_habit_for_each_wording():
+    assert set(recipe.HABITS) == set(QUESTION_TYPES)
+    for name, kind in QUESTION_TYPES.items():
+        assert len(recipe.HABITS[name]) == len(kind.wordings)
+        assert kind.choices or name in recipe.FORWARD_HABIT or name in recipe.OPEN_GUESSES
+
+
+def test_habits_are_well_formed_and_mostly_incorrect():
+    incorrect = 0
+    for i in range(300):
+        rng, question_type = seeded("habit", i), sorted(QUESTION_TYPES)[i % len(QUESTION_TYPES)]
+        scene = make_scene(rng, QUESTION_TYPES[question_type].scenes[0], "studio")
+        item = make_item(rng, scene, question_type)
+        result = score(item, recipe.habit_text(rng, scene, item))
+        assert result.format == 1.0
+        incorrect += result.accuracy < 1
+    assert incorrect > 200  # one guess in four among the letters is correct
+
+
+def test_hinted_examples_keep_the_careful_answer_and_some_show_another_clip():
+    pool = recipe.Pool([make_scene(seeded("pool", i), "signal", "studio") for i in range(4)], None, {})
+    sizes = recipe.Recipe(drill_share=0.0, hint_share=1.0)
+    examples = [recipe.make_example(seeded("hint", i), pool, 0, sizes) for i in range(200)]
+    assert all("Hint: " in prompt and "guess" not in completion for prompt, completion, _ in examples)
+    other = sum(shown != 0 for _, _, shown in examples) / 200
+    assert abs(other - 0.33 * 3 / 4) < 0.12  # another clip is drawn in 0.33 of them; four standard errors
+
+
+def test_positions_in_training_equal_those_of_the_policy(built, tokenizer):
+    policy = Policy.load(built[0])
+    clip = Clip(torch.rand(8, 3, 56, 56), [0.5 * i for i in range(8)], 2.0, 4.0, "")
+    prompt = policy.prompt("What colour is the circle?", policy.encode(clip))
+    example = ("What colour is the circle?", "<think>x</think>", 0)
+    ids, labels, positions = recipe.collate(policy.model, tokenizer, [example], 16)
+    length = len(prompt.input_ids)
+    assert ids[0, :length].tolist() == prompt.input_ids.tolist()
+    assert torch.equal(positions[:, 0, :length], prompt.position_ids)
+    assert positions[0, 0, length] == prompt.next_position and (labels[0, :length] == -100).all()
+    assert labels[0, length:].tolist() == ids[0, length:].tolist()
+
+
+def test_perception_labels_by_hand():
+    pool = recipe.make_pool(0, 2, environments=("studio",))
+    shapes, colours = ["circle", "square", "triangle", "cross", "ring", "diamond"], ["red", "green", "blue", "yellow",
+                                                                                    "purple", "white"]
+    for i, scene in enumerate(pool.scenes):
+        for m, moment in enumerate(moments_of(scene)):
+            assert shapes[pool.labels["shape"][i, m]] == moment["shape"]
+            assert colours[pool.labels["colour"][i, m]] == moment["colour"]
+            assert pool.labels["flash"][i, m] == (m + 1 in scene["flashes"])
+            assert (pool.labels["place"][i, m] * 56).tolist() == pytest.approx(moment["place"])
+        moves = [["none", "left", "right", "up", "down"][k] for k in pool.labels["move"][i]]
+        assert moves == scene.get("moves", ["none"] * 4)
+
+
+def test_the_built_model_loads_with_transformers_alone(built):
+    folder, facts = built
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+    assert sum(parameter.numel() for parameter in model.parameters()) == facts["parameters"]
+    assert len(AutoTokenizer.from_pretrained(folder)) <= model.config.text_config.vocab_size
+    assert json.loads((folder / "recipe.json").read_text())["recipe"]["clips"] == 3
