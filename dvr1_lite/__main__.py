@@ -543,7 +543,8 @@ def merge_command(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     quiet_libraries()
     out = merge(options.adapter, options.out, model=options.model, dtype=options.dtype, device=options.device)
-    print(f"the merged model is in {out}; its README.md says how to use it with transformers and lmms-eval")
+    print(f"the merged model is in {out} and loads in transformers 4.57 and later; its README.md says how to use it "
+          f"with transformers and lmms-eval")
     return 0
 
 

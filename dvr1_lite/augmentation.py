@@ -53,8 +53,8 @@ class RewardHistory:
     def difficulty(self, group_mean: float) -> float:
         r"""Compute Eq. 9, $\Delta R(x) = \mathrm{mean}(B_W) - \bar R(x)$: above 0 hard, below 0 easy.
 
-        It is 0.0 until a quarter of the window is filled. Call it before `push`, so that a prompt is not compared with
-        itself.
+        It is 0.0 until a quarter of the window is filled, with a fixed reference too. Call it before `push`, so that a
+        prompt is not compared with itself.
         """
         if len(self._rewards) < self.window / 4:
             return 0.0
@@ -87,7 +87,7 @@ class Augmentation:
 
 
 def plan_augmentation(difficulty: float, config: AugmentationConfig) -> Augmentation:
-    r"""Choose kind and amount for a prompt of difficulty $\Delta R$ in [-1, 1]; "resample" plans as "both".
+    r"""Choose kind and amount for a prompt of difficulty $\Delta R$ in [-1, 1]; "resample" is planned like "both".
 
     With a fixed scale, sign and dead zone still decide which prompts are augmented; only the amount is fixed.
     """
@@ -148,7 +148,7 @@ def cut_hint(trace: str, share: float, blank: str = "_") -> str:
 def best_trace(scored: Iterable[tuple[str, Score]]) -> str | None:
     r"""Return the reasoning of the best completion written with the answer shown, or None if none can be a hint.
 
-    Only correct completions (`Score.correct`) with some reasoning count; the highest total wins, of equals the first.
+    Only correct completions (`Score.correct`) with some reasoning count; the highest total wins, ties go to the first.
     """
     traces = [(score.total, parse_completion(text).think) for text, score in scored if score.correct]
     return max((pair for pair in traces if pair[1]), key=lambda pair: pair[0], default=(0.0, None))[1]

@@ -274,7 +274,7 @@ PARTS = {"The model": ModelConfig, "The data": DataConfig, "The clips": VideoCon
 
 
 def make_config(values: Mapping[str, Any]) -> TrainConfig:
-    r"""Build a config from a mapping such as a YAML file's. Raises `ConfigError`, with near matches for unknown keys."""
+    r"""Build a config from a YAML file's mapping. Raises `ConfigError`, with near matches for unknown keys."""
     known = {name: value for name, value in values.items() if (name, value) not in WITHDRAWN.items()}
     check_keys(known)
     return TrainConfig(**{name: _coerce(name, value) for name, value in known.items()})

@@ -25,8 +25,8 @@ class Batch:
     r"""Hold log-probs and rewards of B groups of G completions of at most T tokens.
 
     Log-probs of the sampled tokens, in nats, float32 or float64, under the trained policy (the only one with a
-    gradient), the policy that sampled, and the frozen reference. mask: true on a completion's tokens, its end token
-    included; values elsewhere become 0 unread, NaN too. rewards: any scale; they take the dtype of `logp`.
+    gradient), the policy before this step's first update, and the frozen reference. mask: true on a completion's tokens
+    and its end token; values elsewhere are replaced by 0, even NaN. rewards: any scale; they take the dtype of `logp`.
     """
 
     logp: Tensor  # (B, G, T)
@@ -59,7 +59,7 @@ def reduce_tokens(values: Tensor, mask: Tensor, reduction: str) -> Tensor:
 
 
 def log_ratios(batch: Batch, config: ObjectiveConfig) -> Tensor:
-    r"""Compute $\rho_i = \log\pi_\theta(y_i|x) - \log\pi_{old}(y_i|x)$ of whole completions, Eq. 7, in nats; (B, G)."""
+    r"""Compute $\rho_i = \log\pi_\theta(y_i|x) - \log\pi_{old}(y_i|x)$ of Eq. 7, (B, G), by `config.reduction`."""
     return reduce_tokens(batch.logp - batch.logp_old, batch.mask, config.reduction)
 
 
@@ -133,11 +133,11 @@ def rloo(batch: Batch, config: ObjectiveConfig) -> Tensor:
 def reg_grpo(batch: Batch, config: ObjectiveConfig) -> Tensor:
     r"""Compute Reg-GRPO's loss, Eq. 8 and 18: $\frac1G\sum_i (A_i - \hat A_i)^2$ with $\hat A$ of Eq. 7.
 
-    With both epsilons 0 it is $2(1 - \mathrm{corr}(R, \rho))$, blind to shift and scale of rho; only then has G = 2 no
-    gradient. With $\epsilon$ = `predicted_eps` it is $(\epsilon / (c + \epsilon))^2$ at $\rho = cA$: no finite scale is
-    best. The start gradient is $2/\epsilon$ times the group-normalised policy gradient of *summed* log-probs (Eq. 2
-    divides by $|y|$), so Reg-GRPO(beta, eps) starts as $2/\epsilon$ times sequence-summed GRPO(beta eps / 2).
-    Differs from the paper: the epsilons; the error of vanished groups is 0, and they stay in the mean.
+    With both epsilons 0 it is $2(1 - \mathrm{corr}(R, \rho))$, blind to shift and scale of rho, and G = 2 has no
+    gradient once rho moves. With $\epsilon$ = `predicted_eps` it is $(\epsilon / (c + \epsilon))^2$ at $\rho = cA$: no
+    finite scale is best. The start gradient is $2/\epsilon$ times the group-normalised policy gradient of *summed*
+    log-probs (Eq. 2 divides by $|y|$): Reg-GRPO(beta, eps) starts as $2/\epsilon$ times summed GRPO(beta eps / 2).
+    Differs from the paper: the epsilons; with `mask_vanished` vanished groups have error 0 and stay in the mean.
     """
     advantages = group_advantages(batch.rewards, config.advantage_eps, config.advantage_std)
     error = (advantages - predicted_advantages(log_ratios(batch, config), config.predicted_eps)).square()
@@ -178,7 +178,7 @@ def centred_regression(batch: Batch, config: ObjectiveConfig) -> Tensor:
 def preference_margins(batch: Batch, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     r"""Return $s(y_w) - s(y_l)$ with $s = \log\pi_\theta - \log\pi_{ref}$, (B,), and which groups have a pair, (B,).
 
-    y_w has the group's highest reward, y_l the lowest, of equals the first; a group without reward spread has no pair.
+    y_w has the group's highest reward, y_l the lowest, ties go to the first; a group without reward spread has no pair.
     """
     best, worst = (batch.rewards.sort(dim=-1, descending=d, stable=True).indices[:, :1] for d in (True, False))
     score = reduce_tokens(batch.logp - batch.logp_ref, batch.mask, config.reduction)
@@ -199,7 +199,7 @@ METHODS: dict[str, Callable[[Batch, ObjectiveConfig], Tensor]] = {
 # --- the whole loss --------------------------------------------------------------------------------------------------
 
 def objective_loss(batch: Batch, config: ObjectiveConfig, names: Sequence[str] | None = None) -> Tensor:
-    r"""Compute the method's objective `+ beta * KL` (DPO: without, it holds its own); a scalar to be minimised.
+    r"""Compute the method's objective `+ beta * KL` (DPO: no KL term, its loss holds the reference); to be minimised.
 
     names: ids of the B records, for the error of `check_finite`. Differs from the paper: Eq. 8 and 18 print `- beta KL`
     in a loss to be minimised, which would reward divergence; the sign here is that of Eq. 2.

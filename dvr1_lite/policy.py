@@ -1,10 +1,10 @@
-r"""The policy: a video language model whose frozen encoder runs once per clip, and its prompt once per group.
+r"""The policy: a video language model whose frozen encoder runs once per clip, its prompt once per group and pass.
 
 A group is G completions of one prompt. Everything before the completion is the same for all of them, so B groups need
 B prefills (not B x G). The prefill's keys and values are put before each completion's own (`PrefixCache`), and only
 the completion's tokens run through the model. Sampling and old, reference and training log-probs all take this path; in
 training the gradient flows back through the shared keys and values into the prefill. Differs from the paper
-(appendix C): there the whole prompt is repeated for every completion; the numbers are the same.
+(appendix C): there the whole prompt is repeated for every completion; the numbers are equal up to rounding.
 
 Axes: B groups, G completions of a group, T completion tokens, P prompt tokens, V visual tokens, H hidden size.
 """
@@ -37,7 +37,7 @@ LOGIT_CHUNK = 2**26  # logits held at once, in elements: 256 MB in float32
 
 @dataclass(frozen=True)
 class Completions:
-    r"""Tokens of B x G completions: ids (B, G, T) int64, mask (B, G, T) bool, true up to and with the end token."""
+    r"""Tokens of B x G completions: ids (B, G, T) int64, mask (B, G, T) bool, true through the end token."""
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -59,8 +59,8 @@ class PrefixCache(DynamicCache):
     r"""The cache of a prefill, and then of the completions after it. Recomputing a layer (gradient checkpointing)
     changes nothing.
 
-    Without `layers` it records each layer's keys and values (`recorded`). With those of B prefilled prompts it puts the
-    prefix of its owner (N,) before each completion's own and stores nothing.
+    Without `layers` it records each layer's keys and values (`recorded`). Given those of B prefilled prompts, it
+    prepends to completion n the keys and values of prompt `owner[n]`, and stores nothing.
     """
 
     def __init__(self, layers: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
@@ -89,7 +89,7 @@ class Prefix:
 
 
 def _checkpointed(forward: Callable, *args, **kwargs):
-    r"""Run a layer whose activations are recomputed in the backward pass. Transformers' own way drops the cache."""
+    r"""Run a function whose activations are recomputed in the backward pass. Transformers' own way drops the cache."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
@@ -149,7 +149,7 @@ class Policy:
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        r"""Within it the policy is the reference: the same weights with the adapter off."""
+        r"""Within it the policy is the reference: the base model, the adapter off (also one that was loaded)."""
         with self.model.disable_adapter() if hasattr(self.model, "peft_config") else contextlib.nullcontext():
             yield
 
@@ -157,7 +157,7 @@ class Policy:
 
     def encode(self, clip: Clip | Callable[[], Clip] | None = None, image: torch.Tensor | None = None,
                key: Hashable | None = None) -> Features:
-        r"""Run the frozen encoder once on a clip, an image (3, H, W) in [0, 1], or both (the clip comes first).
+        r"""Run the frozen encoder once on a clip, an image (3, H, W) or (1, 3, H, W) in [0, 1], or both (clip first).
 
         key: where given, the features are kept under it, and a clip given as a function is only read on a miss.
         """
@@ -236,7 +236,7 @@ class Policy:
 
     def completion_logp(self, prefix: Prefix, owner: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor,
                         temperature: float) -> torch.Tensor:
-        r"""Compute log-probs (N, T) of completions ids (N, T), each after the prefix `owner` (N,); 0 outside the mask.
+        r"""Compute log-probs (N, T) of completions ids (N, T), each after prompt `owner` (N,); 0 outside the mask.
 
         The prompt's last state predicts the first token, and every token the next; the last one is never read.
         """
@@ -263,8 +263,9 @@ class Policy:
         r"""Compute log-probs (B, G, T) of the completions, 0 outside their mask; float32 (float64 for such a model).
 
         They have a graph where gradients are enabled; `with policy.reference():` gives the reference's. Each prompt is
-        prefilled once, and equal completions of a group run once. micro_batch: completions whose activations are held
-        at a time; fewer need less memory and, in the backward pass, a second forward. The numbers do not change.
+        prefilled once, and equal completions of a group run once. micro_batch: different completions whose activations
+        are held at a time, beside those of all prefills; fewer need a second forward in the backward pass, and give
+        the same numbers up to rounding.
         Raises ConfigError for a micro_batch below 1.
         """
         if len(prompts) != len(completions.ids):
@@ -285,7 +286,7 @@ class Policy:
 
 def encode_record(policy: Policy, record: Record, config: VideoConfig,
                   change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Features:
-    r"""Read and encode a record's clip and image, unchanged: kept in the policy's feature cache.
+    r"""Read and encode a record's clip and image; unchanged ones are kept in the policy's feature cache.
 
     change: what an augmentation does to the clip's frames (T, 3, H, W), or to the image (1, 3, H, W) if there is no
     clip; such features serve one step only and are not kept. Raises `ClipError`, naming a file that cannot be read.

@@ -107,7 +107,7 @@ def score(record: "Record", text: str, judge: str = "strict") -> Score:
 
 
 def asks_span(record: "Record") -> bool:
-    r"""Return whether the record asks for a `<glue>` section: a grounding question, or any with true time spans."""
+    r"""Return whether the record asks for a `<glue>` section: a grounding question, or annotated time spans."""
     return record.problem_type == "grounding" or bool(record.spans)
 
 

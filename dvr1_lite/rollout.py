@@ -30,7 +30,7 @@ class Rollout:
 
 
 class DecodingCache(DynamicCache):
-    r"""Keys and values of the branches being decoded, with room for whole completions: a step copies one token."""
+    r"""Keys and values of the branches being decoded, with room for whole completions: a step writes one token."""
 
     def __init__(self, prefix: Prefix, room: int):
         super().__init__()
@@ -84,8 +84,9 @@ def sample_groups(policy: Policy, prompts: list[Prompt], group_size: int, max_ne
         cache = DecodingCache(prefix, max_new_tokens)
         for step in range(max_new_tokens):
             every = policy.log_softmax(state, temperature)[branch]  # (rows, vocabulary)
-            uniform = torch.rand(total, generator=generator, dtype=torch.float64, device=where).to(device)[rows]
-            token = choose(every, None if greedy else uniform)
+            uniform = None if greedy else torch.rand(
+                total, generator=generator, dtype=torch.float64, device=where).to(device)[rows]
+            token = choose(every, uniform)
             ids[rows, step] = token
             logp[rows, step] = every.gather(-1, token[:, None]).squeeze(-1).double()
             running = token != policy.end_id
@@ -107,7 +108,7 @@ def sample_groups(policy: Policy, prompts: list[Prompt], group_size: int, max_ne
 def _collect(policy: Policy, ids: torch.Tensor, logp: torch.Tensor, groups: int) -> Rollout:
     r"""Split rows of token ids (B * G, T) into groups, with masks and texts."""
     ended = ids == policy.end_id
-    mask = ended.cumsum(dim=1) - ended.long() == 0  # up to and with the first end token
+    mask = ended.cumsum(dim=1) - ended.long() == 0  # up to and including the first end token
     texts = policy.tokenizer.batch_decode([row[keep] for row, keep in zip(ids.cpu(), mask.cpu())],
                                           skip_special_tokens=True)
     size = len(ids) // groups

@@ -3,7 +3,7 @@ r"""Training: sample groups, score them, augment by difficulty, and update the a
     records -> prompts -> groups -> rewards -> difficulty -> (augment, sample again) -> several updates -> metrics
 
 A batch is a list of `Group`, stacked once. The clip is encoded once per record and augmentation, and the prompt is
-prefilled once per group and pass. run.py makes a whole training of it, in one folder.
+prefilled once per group and pass. run.py runs a complete training in one folder.
 """
 
 from __future__ import annotations
@@ -20,16 +20,8 @@ from statistics import fmean
 
 import torch
 
-from .augmentation import (
-    Augmentation,
-    RewardHistory,
-    add_noise,
-    augmentation_seed,
-    best_trace,
-    cut_hint,
-    mask_frames,
-    plan_augmentation,
-)
+from .augmentation import (Augmentation, RewardHistory, add_noise, augmentation_seed, best_trace, cut_hint, mask_frames,
+                           plan_augmentation)
 from .config import TrainConfig
 from .data import Record, prompt_text
 from .distributed import Order, average_gradients, gather, processes
@@ -50,7 +42,7 @@ NAMED_SKIPS = 20  # broken clips that the summary names
 @dataclass(frozen=True)
 class Group:
     r"""G scored completions of one prompt: their token ids (lists of different lengths), texts, scores, and whether
-    each ended before the limit. The prompt may be augmented; the record is what its rewards are judged by."""
+    each ended before the limit. The prompt may be augmented; rewards are judged against the record."""
 
     record: Record
     prompt: Prompt
@@ -105,12 +97,12 @@ class Trainer:
     # --- the method --------------------------------------------------------------------------------------------------
 
     def step(self) -> dict:
-        r"""Make one training step of Reg-GRPO with difficulty-aware augmentation; return its metrics.
+        r"""Make one training step of `config.method` with difficulty-aware augmentation; return its metrics.
 
         1. Sample a group for each prompt and score it. 2. Measure each prompt's difficulty against the recent rewards
-        (Eq. 9). 3. Replace the groups of hard and easy prompts by groups of augmented prompts. 4. Update the weights
-        several times on the same rollouts (Eq. 8): the first pass gives the old log-probs, the model without its
-        adapter the reference's. Raises `NumericsError` naming the record.
+        (Eq. 9). 3. Replace the groups of hard and easy prompts by groups of augmented prompts, where one can be made.
+        4. Update the weights several times on the same rollouts (Eq. 8): the first pass gives the old log-probs, the
+        model without its adapter the reference's. Raises `NumericsError` naming the record.
         """
         config, started, counted = self.config, time.perf_counter(), (self.rollouts, self.skipped)
         self.seconds.clear()
@@ -126,19 +118,20 @@ class Trainer:
         trained, counts = self.augment(sampled, difficulties)                                      # 3
 
         prompts, completions, rewards = stack(trained, self.policy.pad_id)                         # 4
-        names, passes = [group.record.record_id for group in trained], {
-            "temperature": config.temperature, "micro_batch": config.micro_batch}
+        names = [group.record.record_id for group in trained]
+        options = {"temperature": config.temperature, "micro_batch": config.micro_batch}
         with self.timed("reference"), torch.no_grad(), self.policy.reference():
-            logp_ref = self.policy.logprobs(prompts, completions, **passes)  # (B, G, T)
+            logp_ref = self.policy.logprobs(prompts, completions, **options)  # (B, G, T)
         logp_old, updates = None, []
         with self.timed("update"):
             for _ in range(config.inner_updates):
-                logp = self.policy.logprobs(prompts, completions, **passes)
+                logp = self.policy.logprobs(prompts, completions, **options)
                 logp_old = logp.detach() if logp_old is None else logp_old
-                batch = Batch(logp, logp_old, logp_ref, completions.mask.to(logp.device), rewards.to(logp.device))
+                batch = Batch(logp, logp_old, logp_ref, completions.mask.to(logp.device), rewards)
                 loss = objective_loss(batch, config, names)
                 loss.backward()
-                updates.append(statistics(batch, config) | {"grad_norm": self.update_weights(names)})
+                norm = self.update_weights(names)
+                updates.append(statistics(batch, config) | {"grad_norm": norm})
         self.steps += 1
         self.rollouts, self.skipped = (before + sum(gather(now - before)) for before, now in
                                        zip(counted, (self.rollouts, self.skipped)))
@@ -149,7 +142,7 @@ class Trainer:
                 "seconds": {phase: round(seconds, 4) for phase, seconds in self.seconds.items()}}
 
     def update_weights(self, names: list[str]) -> float:
-        r"""Clip the averaged gradient, take one optimizer step, and return the gradient's norm before clipping."""
+        r"""Clip the averaged gradient, take one optimizer step at the warm-up's rate, and return the norm before."""
         if self.world.num_processes > 1:
             average_gradients(self.parameters)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
@@ -186,7 +179,7 @@ class Trainer:
             return sampled, dict.fromkeys(("hard", "easy", "hints_found", "hints_missing", "augmented"), 0)
         prompts = dict(sorted((self.hinted_prompts(sampled, plans) | self.noisy_prompts(sampled, plans)).items()))
         hard = [i for i, plan in enumerate(plans) if plan.kind == "hint"]
-        found = len([i for i in hard if i in prompts])
+        found = sum(i in prompts for i in hard)
         counts = {"hard": len(hard), "easy": len([plan for plan in plans if plan.kind in ("noise", "mask")]),
                   "hints_found": found, "hints_missing": len(hard) - found, "augmented": len(prompts)}
         again = self.sample([sampled[i].record for i in prompts], list(prompts.values()), self.config.group_size,
@@ -229,9 +222,9 @@ class Trainer:
         prompts = {}
         with self.timed("encode_augmented"):
             for i, plan in enumerate(plans):
-                if plan.kind not in ("noise", "mask"):
-                    continue
                 record, change = sampled[i].record, add_noise if plan.kind == "noise" else mask_frames
+                if plan.kind not in ("noise", "mask") or (plan.kind == "mask" and record.clip is None):
+                    continue  # of a picture no frame can be masked
                 seed = augmentation_seed(self.config.seed, record.record_id, self.steps)
                 try:
                     features = encode_record(self.policy, record, self.config,

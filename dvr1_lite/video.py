@@ -81,7 +81,7 @@ def read_image(path: str | os.PathLike, size: tuple[int, int] | None = None) -> 
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as picture:
             if picture.width * picture.height > MAX_FRAME_PIXELS:
-                raise ValueError(f"{picture.width} x {picture.height} pixels")
+                raise ClipError(f"{path}: {picture.width} x {picture.height} pixels are too many; make it smaller")
             picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I"):  # 16-bit grey
                 grey = np.array(picture, np.float32)[..., None].repeat(3, -1) / 65535
@@ -90,6 +90,8 @@ def read_image(path: str | os.PathLike, size: tuple[int, int] | None = None) -> 
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             pixels = np.array(picture.convert("RGB"))
+    except ClipError:
+        raise
     except Exception as error:  # Pillow's plug-ins raise many unrelated types
         raise ClipError(f"{path}: not a readable picture ({short_reason(error)}); download or save it again") from error
     return _to_float(pixels, size)[None]
@@ -123,7 +125,7 @@ def patchify(
 
     Returns patches (N, 3 * temporal_patch_size * patch_size ** 2) float32 and grid_thw (3,) int64 with
     N = t * h * w. One row holds colour, time, height, width, in that order. Rows run over time, then over blocks of
-    merge_size x merge_size patches (row by row), then over the patches within a block, so that the four patches that
+    merge_size x merge_size patches (row by row), then over the patches within a block, so that the patches that
     become one language token are adjacent. The last frame is repeated until T fills whole temporal patches; an
     image is one frame. Raises ValueError if H or W is no multiple of patch_size * merge_size.
     """

@@ -162,11 +162,11 @@ def draw_run(config: TrainConfig, summary: Mapping, evaluations: Mapping[str, Se
     return [folder / f"{name}.png" for name in figures]
 
 
-def sample_answers(config: TrainConfig, records: Sequence[Record], name: str, count: int = 4) -> list[dict]:
-    r"""Collect up to `count` questions of different types with their clip and the completions before and after.
+def sample_answers(config: TrainConfig, records: Sequence[Record], name: str) -> list[dict]:
+    r"""Collect one question of each type whose accuracy changed, with its clip and the completions before and after.
 
-    records: what the evaluation `name` of the run in `config.out` was made on. Of each type the first question whose
-    answer changed is taken, else the first.
+    records: what the evaluation `name` of the run in `config.out` was made on. Of each type the first question with a
+    change is taken, whether it improved or not; types without a change are left out.
     """
     before, after = ({row["index"]: row for row in read_lines(Path(config.out) / f"evaluation/{when}_{name}.jsonl")
                       if "error" not in row} for when in ("before", "after"))
@@ -174,8 +174,8 @@ def sample_answers(config: TrainConfig, records: Sequence[Record], name: str, co
     for index in sorted(before.keys() & after.keys()):
         if records[index].clip is not None:
             by_type[records[index].question_type].append(index)
-    for indices in list(by_type.values())[:count]:
-        index = next((i for i in indices if before[i]["accuracy"] != after[i]["accuracy"]), indices[0])
+    changed = [[i for i in indices if before[i]["accuracy"] != after[i]["accuracy"]] for indices in by_type.values()]
+    for index in [indices[0] for indices in changed if indices]:
         record = records[index]
         with contextlib.suppress(ClipError):
             clip = read_clip(record.clip, config.num_frames, (config.frame_size, config.frame_size))
@@ -199,7 +199,8 @@ def sample_strips(samples: Sequence[Mapping]) -> Figure:
     samples: mappings with `clip`, `question`, `answer`, `before` and `after`, as `sample_answers` returns them.
     """
     with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(9.5, 2.3 * len(samples)))
+        figure = plt.figure(figsize=(9.5, 2.3 * len(samples) + 0.3))
+        figure.suptitle("Of each question type, the first question whose accuracy changed", fontsize=10)
         for part, sample in zip(figure.subfigures(len(samples), 1, squeeze=False)[:, 0], samples):
             written = [f"{when}: {textwrap.shorten(sample[when], 220) or '(nothing)'}" for when in ("before", "after")]
             caption = "\n".join(textwrap.fill(line, 125) for line in [f"correct answer: {sample['answer']}", *written])

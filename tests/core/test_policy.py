@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
 import dvr1_lite.policy as policy_module
 from dvr1_lite import loading
@@ -231,6 +232,8 @@ def test_banned_tokens_have_probability_zero(policy):
 
 @pytest.mark.parametrize("layout", ("video", "slow video", "image", "mixed", "text"))
 def test_positions_are_those_of_transformers(policy, layout):
+    if layout in ("slow video", "mixed") and Version(transformers.__version__) < Version("5.18"):
+        pytest.skip("transformers before 5.18 rounds the seconds of a grid time down")
     clip = {"video": make_clip(1, frames=6), "slow video": make_clip(1, frames=6, fps=0.35),
             "mixed": make_clip(1, frames=4, fps=1.3)}.get(layout)
     image = make_clip(2, size=84).frames[0] if layout in ("image", "mixed") else None
