@@ -39,6 +39,15 @@ class Features:
         return sum(part.embeds.numel() * part.embeds.element_size() for part in self.parts)
 
 
+def encoder_digest(visual: torch.nn.Module, preprocessing: dict) -> str:
+    r"""Name an encoder by its first and last weights, its number type and its preprocessing."""
+    weights = list(visual.parameters())
+    digest = hashlib.sha256(repr((sorted(preprocessing.items()), weights[0].dtype, len(weights))).encode())
+    for weight in (weights[0], weights[-1]):
+        digest.update(weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
 class FeatureCache:
     r"""Encoded clips by key, at most `max_bytes` of them in memory; the least recently used leave first.
 
@@ -69,7 +78,9 @@ class FeatureCache:
         return features
 
     def _from_folder(self, key: Hashable, build: Callable[[], Features]) -> Features:
-        path = self.folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.safetensors"
+        files = [part.stat() for part in key if isinstance(part, Path) and part.exists()]  # a new file, a new name
+        name = repr((key, [(status.st_size, status.st_mtime_ns) for status in files]))
+        path = self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.safetensors"
         if path.exists():
             with safe_open(path, "pt") as file:
                 facts = json.loads(file.metadata()["parts"])

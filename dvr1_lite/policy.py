@@ -28,7 +28,7 @@ from .config import VideoConfig
 from .data import Record
 from .errors import ConfigError, ModelError
 from .families import Prompt, banned_tokens, build_prompt
-from .features import FeatureCache, Features, VisualPart
+from .features import FeatureCache, Features, VisualPart, encoder_digest
 from .loading import LoraSettings, load_model
 from .video import Clip, patchify, read_clip, read_image
 
@@ -107,10 +107,11 @@ class Policy:
                  after_video: str = "grid", feature_folder: str | Path | None = None):
         self.model, self.tokenizer, self.preprocessing, self.path = model, tokenizer, preprocessing, path
         self.merge_bytes, self.after_video = merge_bytes, after_video
-        self.features = FeatureCache(max_feature_bytes, feature_folder)
         self.core = model.get_base_model() if hasattr(model, "peft_config") else model
         self.language, self.visual = self.core.model.language_model, self.core.model.visual
         self.config = self.core.config
+        self.features = FeatureCache(max_feature_bytes, feature_folder and Path(feature_folder, encoder_digest(
+            self.visual, preprocessing)))
         self.device = self.language.embed_tokens.weight.device
         self.end_id, self.pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         self.banned = banned_tokens(tokenizer, self.config, self.core.get_output_embeddings().weight.shape[0])

@@ -3,6 +3,7 @@ r"""The policy against transformers' own forward on a repeated prompt: positions
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 
 import pytest
@@ -304,7 +305,7 @@ def test_the_encoder_runs_once_for_a_clip_in_memory_and_with_a_folder_once_for_a
     records, first = read_records(world / "records.jsonl"), load_policy(config)
     with counted(first) as seen:
         features = [encode_record(first, record, config) for record in records * 2]
-    assert seen["encoded"] == 3 and len(list((tmp_path / "features").iterdir())) == 3
+    assert seen["encoded"] == 3 and len(list((tmp_path / "features").glob("*/*.safetensors"))) == 3
     second = load_policy(config)
     with counted(second) as seen:
         again = [encode_record(second, record, config) for record in records]
@@ -313,6 +314,11 @@ def test_the_encoder_runs_once_for_a_clip_in_memory_and_with_a_folder_once_for_a
     for one, other in zip(features, again):
         assert torch.equal(one.parts[0].embeds, other.parts[0].embeds)
         assert one.parts[0].grid == other.parts[0].grid and one.parts[0].seconds_per_grid == 1.0  # 2 frames
+    os.utime(records[0].clip, (1, 1))  # another file of the same name
+    third = load_policy(config)
+    with counted(third) as seen:
+        encode_record(third, records[0], config)
+    assert seen["encoded"] == 1
 
 
 # --- adapters and NF4 ------------------------------------------------------------------------------------------------
