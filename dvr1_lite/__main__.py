@@ -64,10 +64,10 @@ def train_command(arguments: Sequence[str]) -> int:
             raise ConfigError(f"{resume} holds no run to resume (no config.yaml): give the folder of an earlier --out")
         config_file, overrides = Path(resume) / "config.yaml", {"out": str(resume)}
     config = load_config(config_file, overrides)
-    check_folder(config, Path(config.out), resume is not None)
     check_machine(config)
     records = read_any(resolve(config.train_file), config.data_root)
     evaluations = {name: read_any(resolve(path), config.data_root) for name, path in config.eval_paths().items()}
+    check_folder(config, Path(config.out), resume is not None)
     quiet_libraries()
     main = os.environ.get("RANK", "0") == "0"  # of several processes, the first one reports
     if main:
@@ -213,7 +213,7 @@ def print_notes(records: Sequence, config, tokenizer=None) -> None:
         if probe.width * probe.height > 4 * side**2 or probe.duration > 4 * config.num_frames:
             print(f"note: {clip} ({probe.width} x {probe.height} pixels, {probe.duration:.1f} s) is shown to the model "
                   f"as {config.num_frames} frames of {side} x {side}; small or short things may not be visible "
-                  f"(--num-frames, --frame-size; the model must be trained for them)", file=sys.stderr)
+                  f"(a model can be trained for more with train --num-frames and --frame-size)", file=sys.stderr)
             return
 
 
@@ -268,6 +268,7 @@ def evaluate_command(arguments: Sequence[str]) -> int:
                                  "versions": versions()}
     write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(accuracy_table(summary))
+    print(f"answers and summary are in {out}")
     return 0
 
 
@@ -303,6 +304,8 @@ def ask_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--question", required=True, help="What you want to know.")
     parser.add_argument("--options", nargs="*", default=[], metavar="TEXT", help="Answers to choose from.")
     options = parser.parse_args(arguments)
+    if not options.question.strip() or len(options.options) == 1:
+        raise ConfigError("give --question a text, and --options at least two answers or leave it out")
     config = _policy_config(options)
     set_threads(options.threads, config)
     quiet_libraries()
@@ -426,7 +429,9 @@ def reproduce_command(arguments: Sequence[str]) -> int:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ConfigError(f"--{name} is {getattr(options, name)}: give 1 or more")
     if (options.name is None) == (options.rerun is None):
-        raise ConfigError("give the NAME of an experiment or --rerun FILE.json, and not both")
+        raise ConfigError("give either the NAME of an experiment, such as table4, or --rerun FILE.json")
+    if options.name:
+        check_name("experiment", options.name, [*EXPERIMENTS, *GROUPS])
     if options.rerun:
         return 0 if rerun(options.rerun, Path("runs") / "rerun") else 1
     made = reproduce(options.name, options.out, options.seeds, options.jobs, options.quick)
@@ -564,6 +569,8 @@ def memory_command(arguments: Sequence[str]) -> int:
     options, rest = parser.parse_known_args(arguments)
     file, _, given = parse_training(rest if options.card is None else [*rest, "--card", str(options.card)])
     config = load_config(file, given)
+    if options.available is not None and options.available <= 0:
+        raise ConfigError(f"--available is {options.available}: give a number of GB above 0")
     expected = {"image": not options.no_image, "text_tokens": options.text_tokens}
     prediction = memory.predict(config, **expected)
     if options.json is not None:

@@ -45,7 +45,7 @@ class ModelConfig:
     local_files_only: bool = setting(False, "Never contact the hub, not even to look for a newer version.",
                                      "true or false", "does not apply")
     lora_rank: int = setting(16, "Rank of the adapters on every linear layer of the language model.", "dimensions",
-                             "the whole language model is trained", above=0)
+                             "the whole language model is trained", above=0, below=16385)
     lora_alpha: float = setting(32.0, "The adapters' update is scaled by alpha / rank.", "no unit",
                                 "the whole language model is trained", above=0)
     feature_cache_mb: int = setting(256, "Memory for the features of encoded clips.", "megabytes", above=0)
@@ -136,7 +136,7 @@ class LoopConfig:
     micro_batch: int | None = setting(None, "Completions whose activations are held at a time; the gradient does not "
                                       "depend on it; none: all at once.", "completions", at_least=1)
     temperature: float = setting(1.0, "Temperature of sampling and of all log-probs.", "no unit", above=0)
-    max_new_tokens: int = setting(28, "Longest completion, with its end token.", "tokens", at_least=1)
+    max_new_tokens: int = setting(28, "Longest completion, with its end token.", "tokens", at_least=1, below=32769)
     learning_rate: float = setting(3e-4, "Learning rate of AdamW.", "per update", above=0)
     warmup_steps: int = setting(0, "Steps over which the learning rate rises linearly; constant afterwards.", "steps",
                                 at_least=0)
@@ -211,7 +211,7 @@ class RunConfig:
     r"""The seed of a run, where it writes, and what it tolerates."""
 
     seed: int = setting(0, "Seed of the adapters, the order of the records, sampling and noise.", "no unit",
-                        "single runs", at_least=0)
+                        "single runs", at_least=0, below=2**63)
     out: str = setting("runs/lite", "Folder for everything the run writes.", "path", OUT_OF_SCOPE)
     save_every: int = setting(50, "Steps between checkpoints.", "steps", at_least=1)
     keep_checkpoints: int = setting(2, "Checkpoints kept, the newest.", "checkpoints", at_least=1)
@@ -335,7 +335,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     gigabytes.
     """
     if not Path(path).exists():
-        path = shipped_configs().get(str(path).removesuffix(".yaml"), path)
+        known, name = shipped_configs(), str(path).removesuffix(".yaml")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            raise ConfigError(f"config {path} cannot be read (no such file): " + (
+                f"did you mean {near[0]}?" if near else f"give a YAML file, or one of {', '.join(known)}"))
+        path = known[name]
     try:
         if Path(path).stat().st_size > MAX_YAML_BYTES:
             raise ConfigError(f"config {path} is larger than {MAX_YAML_BYTES} bytes: give a config, not a data set")
@@ -354,15 +359,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config {path} is not valid YAML ({_reason(error)}): write one `key: value` a "
                           f"line") from error
     if values is None:
-        raise ConfigError(f"config {path} is empty: write `key: value` lines, see configs/lite.yaml")
+        raise ConfigError(f"config {path} is empty: write `key: value` lines, see dvr1_lite/configs/lite.yaml")
     if not isinstance(values, dict):
         raise ConfigError(f"config {path} holds a {type(values).__name__}, not `key: value` lines: see "
-                          f"configs/lite.yaml")
+                          f"dvr1_lite/configs/lite.yaml")
     return values
 
 
 def _reason(error: Exception) -> str:
-    return " ".join((getattr(error, "strerror", None) or str(error)).split())[:160]
+    text = getattr(error, "strerror", None) or str(error).replace(' in "<unicode string>",', "")
+    return " ".join(text.split())[:160]
 
 
 def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> TrainConfig:

@@ -312,7 +312,7 @@ def _declared_size(path: str) -> int:
     with open(path, "rb") as file:
         head = file.read(4096)
     if head.startswith(PICTURES) or head[8:12] == b"WEBP":
-        raise ClipError("it is a picture, not a video; give it as the record's image")
+        raise ClipError("it is a picture, not a video; give a video file, or name it as a record's image")
     if head.startswith(b"RIFF"):
         return 8 + int.from_bytes(head[4:8], "little")
     at = head.find(b"\x18S\x80g") + 4  # Matroska's segment, which holds all after the header; then its size

@@ -224,6 +224,11 @@ def _load_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
 
     if not (folder / "adapter_config.json").is_file() and (folder / "adapter" / "adapter_config.json").is_file():
         folder = folder / "adapter"  # the folder of a run
+    if not folder.is_dir():
+        raise ModelError(f"there is no adapter folder {folder}: give the --out folder of a finished training, or train "
+                         f"first with `python -m dvr1_lite train`")
+    if (folder / "model.safetensors").is_file() and not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder} holds a whole model, not an adapter: give it as --model")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise ModelError(f"adapter folder {folder} has no {name}: give a folder that training wrote, in peft's "

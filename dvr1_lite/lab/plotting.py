@@ -162,11 +162,12 @@ def draw_run(config: TrainConfig, summary: Mapping, evaluations: Mapping[str, Se
     return [folder / f"{name}.png" for name in figures]
 
 
-def sample_answers(config: TrainConfig, records: Sequence[Record], name: str) -> list[dict]:
+def sample_answers(config: TrainConfig, records: Sequence[Record], name: str, most: int = 4) -> list[dict]:
     r"""Collect one question of each type whose accuracy changed, with its clip and the completions before and after.
 
     records: what the evaluation `name` of the run in `config.out` was made on. Of each type the first question with a
-    change is taken, whether it improved or not; types without a change are left out.
+    change is taken, whether it improved or not; types without a change are left out. most: how many types, in the
+    order of the records.
     """
     before, after = ({row["index"]: row for row in read_lines(Path(config.out) / f"evaluation/{when}_{name}.jsonl")
                       if "error" not in row} for when in ("before", "after"))
@@ -175,12 +176,14 @@ def sample_answers(config: TrainConfig, records: Sequence[Record], name: str) ->
         if records[index].clip is not None:
             by_type[records[index].question_type].append(index)
     changed = [[i for i in indices if before[i]["accuracy"] != after[i]["accuracy"]] for indices in by_type.values()]
-    for index in [indices[0] for indices in changed if indices]:
+    for index in [indices[0] for indices in changed if indices][:most]:
         record = records[index]
         with contextlib.suppress(ClipError):
             clip = read_clip(record.clip, config.num_frames, (config.frame_size, config.frame_size))
-            samples.append({"clip": clip, "question": prompt_text(record), "answer": record.answer_in_words,
-                            "before": before[index]["completion"], "after": after[index]["completion"]})
+            written = {when: rows[index]["completion"] + (" (correct)" if rows[index]["accuracy"] == 1 else
+                       " (incorrect)") for when, rows in (("before", before), ("after", after))}
+            samples.append({"clip": clip, "question": f"{record.question_type}: {prompt_text(record)}",
+                            "answer": record.answer_in_words, **written})
     return samples
 
 

@@ -97,7 +97,7 @@ def _open_media(path: Path, is_clip: bool, num_frames: int, frame_size: int, dec
         raise ClipError(f"{path}: not a readable picture; download or save it again") from error
 
 
-def format_report(report: Report, examples: int = 3) -> str:
+def format_report(report: Report, examples: int = 10) -> str:
     r"""Return the report as text: counts, the five most frequent sizes, then each kind of problem with its first
     `examples` cases."""
     lines = [f"{len(report.records)} records, {len(report.media)} readable clips and pictures"]

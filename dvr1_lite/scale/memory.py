@@ -283,7 +283,9 @@ def check_fits(config: TrainConfig, gb: float, **options) -> Prediction:
     if prediction.needed > gb * GB:
         fix = FIXES[prediction.largest]
         if sum(prediction.static.values()) > 0.8 * gb * GB:
-            fix = "set quantization: nf4 or optimizer: paged-adamw-8bit, or choose a smaller model"
+            left = [text for text, done in (("quantization: nf4", config.quantization == "nf4"), (
+                "optimizer: paged-adamw-8bit", config.optimizer == "paged-adamw-8bit")) if not done]
+            fix = f"set {' or '.join(left)}, or choose a smaller model" if left else "choose a smaller model"
         raise ConfigError(f"the run needs about {prediction.needed / GB:.1f} GB (most in phase {prediction.largest}), "
                           f"and there are {gb:.1f} GB: {fix}; `python -m dvr1_lite memory` lists what takes it, and "
                           f"check_memory: false trains anyway")

@@ -107,7 +107,8 @@ A LoRA adapter merged into {name} in {dtype} by `python -m dvr1_lite merge`. {tr
 
 ## Ask it
 
-Needs transformers 4.57 or later, torchvision and av. In this folder, about a file clip.mp4:
+Needs transformers 4.57 or later, torchvision and av (`pip install torchvision av`). In this folder, about a file
+clip.mp4 (`python -m dvr1_lite ask --model THIS_FOLDER --clip FILE --question "..."` needs no torchvision):
 
 ```python
 {python_snippet(question, frames, side, run.get("max_new_tokens", 768))}

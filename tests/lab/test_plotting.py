@@ -78,4 +78,4 @@ def test_a_runs_figures_are_drawn_from_its_folder(tmp_path):
     assert [path.name for path in written] == ["reward.png", "vanishing.png", "accuracy.png", "samples.png"]
     assert all(path.stat().st_size > 5000 for path in written)
     [first, *_] = plotting.sample_answers(config, records, "L1")
-    assert first["before"] == "before 0" and first["after"] == "after 0" and len(first["clip"].frames) == 8
+    assert first["before"] == "before 0 (incorrect)" and first["after"] == "after 0 (correct)" and len(first["clip"].frames) == 8
