@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tiny models are fastest on one thread
 CELL_TIMEOUT = 300  # seconds for one cell of a notebook
 OUTPUT_TIMEOUT = 60  # seconds for a cell's last output to arrive
 
