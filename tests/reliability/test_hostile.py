@@ -5,14 +5,11 @@ import json
 import os
 import pickle
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 
-import hypothesis
 import pytest
 import torch
-from hypothesis import strategies as st
 
 from dvr1_lite.data import PROBLEM_TYPES, Record, prompt_text, read_records
 from dvr1_lite.errors import ModelError, UserError
@@ -80,25 +77,6 @@ def test_a_question_that_contains_an_answer_changes_no_score(tmp_path):
     assert tricky.question == question and max(len(text.split()) for text in rollout.texts[0]) <= 5  # not the prompt
     assert all(score(tricky, text) == score(record(), text) for text in [*rollout.texts[0], GOOD, *CHEATS.values()])
     assert score(tricky, question).total == 0.0
-
-
-PIECES = ["<think>", "</think>", "<answer>", "</answer>", "<glue>", "</glue>", "<", ">", "/", "(1, 2)", "[", "(", ",",
-          "1", ".", "-", "e", " ", "\n", "C", "red ", "\u00e9", "\u6f22", "\0", "\ud800", "&lt;"]
-
-
-@hypothesis.settings(max_examples=8, deadline=None, derandomize=True, database=None)
-@hypothesis.given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join), st.booleans(),
-                  st.sampled_from(PROBLEM_TYPES))
-def test_a_megabyte_of_any_text_takes_linear_time(unit, inside, kind):
-    def seconds(size: int) -> float:
-        text = unit * (size // len(unit))
-        text = GOOD.replace(">C<", f">{text}<") if inside else text
-        began = time.process_time()
-        score(record(kind), text)
-        return time.process_time() - began
-
-    small, large = min(seconds(2**17) for _ in range(2)), seconds(2**20)
-    assert large < 0.5 + 40 * small  # 8 times the text; quadratic would be 64 times
 
 
 # --- nothing runs ----------------------------------------------------------------------------------------------------
