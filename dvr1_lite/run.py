@@ -119,7 +119,7 @@ def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
     with writing(out):
         probe = out / ".write-test"
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # several processes test at once
 
 
 class Run:
