@@ -7,7 +7,7 @@ __version__ = "0.2.0"
 _HOMES = {"read_records": "data", "Record": "data", "prompt_text": "data", "read_clip": "video", "Policy": "policy",
           "load_policy": "run", "encode_record": "policy", "sample_groups": "rollout", "score": "rewards",
           "METHODS": "objectives", "objective_loss": "objectives", "Trainer": "training", "train": "run",
-          "evaluate": "evaluation", "TrainConfig": "config", "load_config": "config"}
+          "evaluate": "evaluation", "TrainConfig": "config", "load_config": "config", "load_reward": "own_reward"}
 __all__ = sorted(_HOMES)
 
 

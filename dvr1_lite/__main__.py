@@ -24,7 +24,9 @@ from pathlib import Path
 from .errors import ConfigError, UserError
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell
-SMALL_MODEL_BYTES = 100e6  # weights below which one thread is fastest
+USED_MOST = ("help", "config", "card", "resume", "model", "train_file", "eval_files", "steps", "method",
+             "learning_rate", "out")  # the first options of `train --help`
+REPORTS = os.environ.get("RANK", "0") == "0"  # of several processes, the first one prints
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,56 +51,63 @@ class Parser(argparse.ArgumentParser):
 def train_command(arguments: Sequence[str]) -> int:
     r"""Train with reinforcement, evaluate before and after, and draw figures."""
     from .config import load_config
-    from .files import resolve
     from .lab.plotting import draw_run
     from .lab.variants import trainer_class
-    from .loading import quiet_libraries
-    from .run import check_folder, train
-    from .scale.datasets import read_any
+    from .run import finished_run, train
+    from .words import run_in_words
 
     config_file, resume, overrides = parse_training(arguments)
     if resume is not None:
-        if config_file or overrides:
-            raise ConfigError(f"--resume keeps the run's own config: leave out {', '.join(overrides) or 'config'}")
+        if config_file or overrides.keys() - {"reward"}:
+            given = ", ".join(overrides.keys() - {"reward"}) or "config"
+            raise ConfigError(f"--resume keeps the run's own config: leave out {given}")
         if not (Path(resume) / "config.yaml").is_file():
             raise ConfigError(f"{resume} holds no run to resume (no config.yaml): give the folder of an earlier --out")
-        config_file, overrides = Path(resume) / "config.yaml", {"out": str(resume)}
+        if finished_run(Path(resume)):
+            return 0
+        config_file, overrides = Path(resume) / "config.yaml", overrides | {"out": str(resume)}
     config = load_config(config_file, overrides)
-    check_machine(config)
-    records = read_any(resolve(config.train_file), config.data_root)
-    evaluations = {name: read_any(resolve(path), config.data_root) for name, path in config.eval_paths().items()}
-    check_folder(config, Path(config.out), resume is not None)
-    quiet_libraries()
-    main = os.environ.get("RANK", "0") == "0"  # of several processes, the first one reports
-    if main:
-        print(set_threads(config.threads, config), file=sys.stderr)
-        print_notes([*records, *(record for found in evaluations.values() for record in found)], config)
-    else:
-        set_threads(config.threads, config)
-    summary = train(config, records, evaluations, trainer=trainer_class(config), resume=resume is not None)
+    records, evaluations, scoring = _prepare(config, overrides.get("reward"))
+    summary = train(config, records, evaluations, trainer=trainer_class(config), scoring=scoring,
+                    resume=resume is not None)
     if not summary["complete"]:
         return INTERRUPTED
-    if not main:
+    if not REPORTS:
         return 0
-    figures = draw_run(config, summary, evaluations) if config.figures else []
-    print(changes_table(summary))
-    print(f"{summary['rollouts']} rollouts, {summary['updates']} updates, "
-          f"{sum(summary['seconds'].get(k, 0) for k in ('total', 'evaluation_before', 'evaluation_after')):.0f} s, "
-          f"peak memory {summary['peak_memory_gb']:.1f} GB; everything is in {config.out}")
-    if figures:
-        print("figures: " + ", ".join(map(str, figures)))
-    if summary["step"]:
-        print(f"next: python -m dvr1_lite ask --adapter {config.out} --clip FILE.mp4 --question \"...\"")
+    print(run_in_words(summary, config.out, draw_run(config, summary, evaluations) if config.figures else ()))
     return 0
 
 
-def parse_training(arguments: Sequence[str]) -> tuple[str | None, str | None, dict]:
-    r"""Parse (config file, folder to resume, overrides) of the train command; every config field is an option."""
+def _prepare(config, named_reward: str | None) -> tuple:
+    r"""Check the machine, set threads, print notes, and read what a config names: (records, evaluations by name, a
+    reward of your own or None)."""
+    from .distributed import set_threads
+    from .files import resolve
+    from .loading import quiet_libraries
+    from .own_reward import reward_for
+    from .scale.check import print_notes
+    from .scale.datasets import read_any
+    from .scale.memory import check_machine
+
+    check_machine(config)
+    records = read_any(resolve(config.train_file), config.data_root)
+    evaluations = {name: read_any(resolve(path), config.data_root) for name, path in config.eval_paths().items()}
+    scoring = reward_for(config.reward, named_reward, config.reward_errors, records)
+    quiet_libraries()
+    threads = set_threads(config.threads, config)
+    if REPORTS:
+        print(threads, file=sys.stderr)
+        print_notes([*records, *(record for found in evaluations.values() for record in found)], config)
+    return records, evaluations, scoring
+
+
+def _train_parser() -> argparse.ArgumentParser:
+    r"""Build the parser of the train command: the options used most, then every config field below its part's title."""
     import dataclasses
 
     from transformers import HfArgumentParser
 
-    from .config import PARTS, TrainConfig, card_settings, check_keys, read_yaml
+    from .config import PARTS, TrainConfig
     from .settings import field_types
 
     class TrainParser(Parser, HfArgumentParser):
@@ -106,7 +115,7 @@ def parse_training(arguments: Sequence[str]) -> tuple[str | None, str | None, di
             Parser.__init__(self, train_command)
             self.add_argument("--config", metavar="FILE.yaml", help="Config file, or the name of a shipped one; "
                               "options given here override it.")
-            self.add_argument("--card", type=int, metavar="GB", help="Settings for a GPU with 16, 24 or 80 GB.")
+            self.add_argument("--card", type=int, metavar="GB", help="Settings for a GPU with 15 (T4), 16, 24, 80 GB.")
             self.add_argument("--resume", metavar="DIR", help="Continue the run in this folder.")
             self.dataclass_types = [TrainConfig]
             self._add_dataclass_arguments(TrainConfig)
@@ -116,8 +125,11 @@ def parse_training(arguments: Sequence[str]) -> tuple[str | None, str | None, di
 
     parser, kinds = TrainParser(), field_types(TrainConfig)
     parser.usage = "%(prog)s [--config FILE.yaml | --resume DIR] [--FIELD VALUE ...]"
-    for title, part in PARTS.items():  # each option below its part's title
-        group, names = parser.add_argument_group(title), {field.name for field in dataclasses.fields(part)}
+    parser._optionals.title = "Used most"
+    parser._optionals._group_actions.sort(key=lambda a: USED_MOST.index(a.dest) if a.dest in USED_MOST else 99)
+    for title, part in PARTS.items():
+        group = parser.add_argument_group(title)
+        names = {field.name for field in dataclasses.fields(part)} - set(USED_MOST)
         for action in [a for a in parser._optionals._group_actions if a.dest in names]:
             parser._optionals._group_actions.remove(action)
             group._group_actions.append(action)
@@ -127,7 +139,15 @@ def parse_training(arguments: Sequence[str]) -> tuple[str | None, str | None, di
         action.nargs = "*" if action.nargs == "+" else action.nargs
         if action.option_strings[0].startswith("--no_"):
             action.help = f"The same as --{action.dest} false."
-    unset = object()
+    return parser
+
+
+def parse_training(arguments: Sequence[str]) -> tuple[str | None, str | None, dict]:
+    r"""Parse (config file, folder to resume, overrides) of the train command; every config field is an option."""
+    from .config import card_settings, check_keys, read_yaml
+    from .loading import has_bfloat16
+
+    parser, unset = _train_parser(), object()
     parsed, unknown = parser.parse_known_args(
         arguments, argparse.Namespace(**{action.dest: unset for action in parser._actions if action.dest != "help"}))
     for word in unknown:
@@ -135,7 +155,10 @@ def parse_training(arguments: Sequence[str]) -> tuple[str | None, str | None, di
     given = {name: value for name, value in vars(parsed).items() if value is not unset}
     if "card" in given:
         file = {} if given.get("config") is None else read_yaml(given["config"])
-        given = card_settings(given.pop("card"), given.get("model", file.get("model", ""))) | given
+        bfloat16 = has_bfloat16(given.get("device", file.get("device", "cpu")))
+        if not bfloat16 and "dtype" not in given:
+            print("note: this GPU has no bfloat16: computing in float32, beside NF4 weights", file=sys.stderr)
+        given = card_settings(given.pop("card"), given.get("model", file.get("model", "")), bfloat16) | given
     return given.pop("config", None), given.pop("resume", None), given
 
 
@@ -147,156 +170,85 @@ def _or_none(kind: type) -> Callable[[str], object]:
     return convert
 
 
-def set_threads(threads: int | None, config=None) -> str:
-    r"""Set torch's threads and say which: as asked, OMP_NUM_THREADS, or 1 where the model is so small that more threads
-    only wait for each other."""
-    import torch
-
-    from .files import resolve
-
-    if threads is None and "OMP_NUM_THREADS" not in os.environ and config is not None and config.device == "cpu":
-        weights = list(resolve(config.model).glob("*.safetensors")) if resolve(config.model).is_dir() else []
-        if weights and sum(path.stat().st_size for path in weights) < SMALL_MODEL_BYTES:
-            threads = 1
-    if threads is not None:
-        if threads < 1:
-            raise ConfigError(f"--threads is {threads}: give 1 or more")
-        torch.set_num_threads(threads)
-    count = torch.get_num_threads()
-    return f"computing with {count} thread{'s' * (count > 1)} (--threads or OMP_NUM_THREADS changes that)"
-
-
-def check_machine(config) -> None:
-    r"""Check, before anything large is loaded, that this machine can run the config. Raises `UserError`."""
-    import importlib.util
-
-    import torch
-
-    from .errors import ModelError
-    from .loading import check_hardware
-    from .scale import memory
-
-    device = check_hardware(config.quantization, config.dtype, config.device)
-    if config.optimizer != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(f"optimizer: {config.optimizer} needs bitsandbytes, which is not installed: pip install "
-                         f"bitsandbytes, or use optimizer: adamw")
-    if config.optimizer == "paged-adamw-8bit" and device.type != "cuda":
-        raise ConfigError(f"optimizer: paged-adamw-8bit moves its moments between a GPU and the computer's memory, and "
-                          f"device is {config.device}: use optimizer: adamw-8bit or adamw, or device: cuda")
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        if config.check_memory and memory.is_known(config.model):
-            memory.check_fits(config, memory.device_gb(config.device))
-
-
-def print_notes(records: Sequence, config, tokenizer=None) -> None:
-    r"""Print to stderr what of these records the model cannot know or see well; nothing if all is well."""
-    from .data import prompt_text
-    from .errors import ClipError
-    from .files import resolve
-    from .loading import load_tokenizer, unknown_words
-    from .decoding import probe_clip
-
-    model = resolve(config.model)
-    tokenizer = tokenizer or load_tokenizer(model if model.exists() else config.model, config.local_files_only)
-    words = unknown_words(tokenizer, *{prompt_text(record) for record in records})
-    if words:
-        more = f" and {len(words) - 8} more words" if len(words) > 8 else ""
-        print(f"note: the model has never seen {', '.join(words[:8])}{more}; do not expect much of its answers",
-              file=sys.stderr)
-    side, clips = config.frame_size, list(dict.fromkeys(record.clip for record in records if record.clip))
-    for clip in clips[::-(-len(clips) // 10) or 1]:  # ten of them, evenly drawn
-        try:
-            probe = probe_clip(clip)
-        except ClipError:
-            continue  # named where it is read
-        if probe.width * probe.height > 4 * side**2 or probe.duration > 4 * config.num_frames:
-            print(f"note: {clip} ({probe.width} x {probe.height} pixels, {probe.duration:.1f} s) is shown to the model "
-                  f"as {config.num_frames} frames of {side} x {side}; small or short things may not be visible "
-                  f"(a model can be trained for more with train --num-frames and --frame-size)", file=sys.stderr)
-            return
-
-
-def changes_table(summary: dict) -> str:
-    r"""List accuracy before and after for each evaluation, with the paired change, all in per cent."""
-    lines = []
-    for name, after in (summary["after"] or summary["before"]).items():
-        if name not in summary["change"]:
-            lines.append(f"{name}: {100 * after['accuracy']:.1f} % (n = {after['n']}, {after['clips']} clips)")
-            continue
-        before, change = summary["before"][name], summary["change"][name]
-        low, high = (100 * bound for bound in change["ci95"])
-        lines.append(f"{name}: {100 * before['accuracy']:.1f} -> {100 * after['accuracy']:.1f} %, change "
-                     f"{100 * change['change']:+.1f} [{low:+.1f}, {high:+.1f}] points (95 %, paired, by clip; n = "
-                     f"{after['n']} on {after['clips']} clips), format {100 * after['format_rate']:.1f} %")
-    return "\n".join(lines) or "no evaluation files: nothing was evaluated"
-
-
 # --- evaluate and ask ------------------------------------------------------------------------------------------------
 
 
 def evaluate_command(arguments: Sequence[str]) -> int:
     r"""Answer the questions of a file and report accuracy with intervals; resumes what an earlier call began."""
-    from .evaluation import evaluate, limited, summarise
+    from .distributed import set_threads
+    from .evaluation import claim_folder, compare_saved, evaluate, limited, summarise
     from .files import resolve, write_atomically
     from .loading import quiet_libraries
-    from .run import load_policy, versions
+    from .own_reward import reward_for
+    from .run import load_policy, policy_config, versions
+    from .scale.check import print_notes
     from .scale.datasets import read_any
+    from .words import accuracy_table, change_in_words, clips_needed
 
+    options = _evaluate_options(arguments)
+    if options.compare:
+        *summaries, change = compare_saved(*options.compare)
+        print(f"{change_in_words(*summaries, change)}\n{clips_needed(change['ci95'], change['clips'])}")
+        return 0
+    overrides = {"eval_limit": options.limit, "eval_temperature": options.temperature, "eval_batch": options.batch,
+                 "eval_samples": options.samples, "seed": options.seed, "out": options.out}
+    config, out, started = policy_config(options, overrides), Path(options.out), time.perf_counter()
+    records = limited(read_any(resolve(options.data), options.data_root), options.limit)
+    scoring = reward_for("", options.reward, options.reward_errors, records)
+    if config.reward and scoring is None:
+        print(f"note: trained with the reward {config.reward}; to measure it too, name it: --reward", file=sys.stderr)
+    claim_folder(out, {**vars(options), "out": None, "model": config.model, "threads": None,
+                       "reward": scoring and scoring.digest})
+    print(set_threads(options.threads, config), file=sys.stderr)
+    quiet_libraries()
+    policy = load_policy(config, options.adapter)
+    print_notes(records, config, policy.tokenizer)
+    rows = evaluate(policy, records, config, out=out / "predictions.jsonl", progress=True, scoring=scoring)
+    summary = summarise(rows) | {"seconds": round(time.perf_counter() - started, 1), "seed": options.seed,
+                                 "versions": versions()}
+    write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    print(f"{accuracy_table(summary)}\n{clips_needed(summary['ci95'], summary['clips'])}")
+    print(f"answers and summary are in {out}")
+    return 0
+
+
+def _evaluate_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(evaluate_command)
     _add_policy_options(parser)
-    parser.add_argument("--data", required=True, metavar="FILE", help="Records: JSONL, JSON or CSV.")
-    parser.add_argument("--data-root", metavar="DIR", help="Folder that clip paths start from; none: the file's own.")
-    parser.add_argument("--out", required=True, metavar="DIR", help="Where predictions.jsonl and summary.json go.")
+    _add_data_options(parser, required=False)
+    parser.add_argument("--out", metavar="DIR", help="Where predictions.jsonl and summary.json go.")
+    parser.add_argument("--compare", nargs=2, metavar="DIR", help="Only print the paired change from one saved "
+                        "evaluation to another of the same questions; each is the folder of an earlier --out.")
     parser.add_argument("--limit", type=int, default=0, help="Questions to draw, the same in every run; 0: all.")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the most probable token.")
     parser.add_argument("--samples", type=int, default=1, help="Answers to each question.")
     parser.add_argument("--batch", type=int, default=256, help="Questions answered together.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of sampling.")
+    parser.add_argument("--reward", metavar="FILE.py:FUNCTION", help="A reward of your own, measured beside the "
+                        "accuracy; this runs your file.")
+    parser.add_argument("--reward-errors", default="stop", choices=("stop", "skip"), help="Where your reward fails.")
     options = parser.parse_args(arguments)
-    overrides = {"eval_limit": options.limit, "eval_temperature": options.temperature, "eval_batch": options.batch,
-                 "eval_samples": options.samples, "seed": options.seed, "out": options.out}
-    config, out, started = _policy_config(options, overrides), Path(options.out), time.perf_counter()
-    records = limited(read_any(resolve(options.data), options.data_root), options.limit)
-    _claim(out, {**vars(options), "out": None, "model": config.model, "threads": None})
-    print(set_threads(options.threads, config), file=sys.stderr)
-    quiet_libraries()
-    policy = load_policy(config, options.adapter)
-    print_notes(records, config, policy.tokenizer)
-    rows = evaluate(policy, records, config, out=out / "predictions.jsonl", progress=True)
-    summary = summarise(rows) | {"seconds": round(time.perf_counter() - started, 1), "seed": options.seed,
-                                 "versions": versions()}
-    write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    print(accuracy_table(summary))
-    print(f"answers and summary are in {out}")
-    return 0
+    if not options.compare and (options.data is None or options.out is None):
+        raise ConfigError("give both --data and --out, or --compare with two folders")
+    return options
 
 
-def accuracy_table(summary: dict) -> str:
-    r"""List accuracy in per cent with its interval, for all questions and by type, and what else was measured."""
-    rows = [("all", summary), *summary["by_type"].items()]
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name:<{width}}  {100 * cell['accuracy']:5.1f} % [{100 * cell['ci95'][0]:.1f}, "
-             f"{100 * cell['ci95'][1]:.1f}]  n = {cell['n']} on {cell['clips']} clips" for name, cell in rows]
-    lines.append(f"format {100 * summary['format_rate']:.1f} %, {summary['broken']} questions with a broken clip")
-    if "mean_iou" in summary:
-        recall = ", ".join(f"R@{m} {100 * share:.1f} %" for m, share in summary["recall"].items())
-        lines.append(f"mean IoU {summary['mean_iou']:.3f}, {recall}")
-    if "acc_gqa" in summary:
-        low, high = (100 * bound for bound in summary["acc_gqa_ci95"])
-        lines.append(f"correct and grounded (Acc@GQA, IoP >= 0.5) {100 * summary['acc_gqa']:.1f} % "
-                     f"[{low:.1f}, {high:.1f}], mean IoP {summary['mean_iop']:.3f}")
-    return "\n".join(lines)
+def _add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--data", required=required, metavar="FILE", help="Records: JSONL, JSON or CSV.")
+    parser.add_argument("--data-root", "--root", metavar="DIR", help="Folder that clip paths start from; none: the "
+                        "file's own.")
 
 
 def ask_command(arguments: Sequence[str]) -> int:
     r"""Ask the base model, or one that you trained, about a clip; prints its trace and its answer."""
-    from .data import Record, prompt_text, with_option
+    from .data import Record, prompt_text
+    from .distributed import set_threads
     from .loading import quiet_libraries
     from .policy import encode_record
-    from .rewards import parse_completion
     from .rollout import sample_groups
-    from .run import load_policy
+    from .run import load_policy, policy_config
+    from .scale.check import print_notes
+    from .words import completion_in_words
 
     parser = Parser(ask_command)
     _add_policy_options(parser)
@@ -306,7 +258,7 @@ def ask_command(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if not options.question.strip() or len(options.options) == 1:
         raise ConfigError("give --question a text, and --options at least two answers or leave it out")
-    config = _policy_config(options)
+    config = policy_config(options)
     set_threads(options.threads, config)
     quiet_libraries()
     policy = load_policy(config, options.adapter)
@@ -316,12 +268,9 @@ def ask_command(arguments: Sequence[str]) -> int:
     print_notes([record], config, policy.tokenizer)
     prompt = policy.prompt(prompt_text(record, instruction=config.instruction), encode_record(policy, record, config))
     text = sample_groups(policy, [prompt], 1, config.max_new_tokens, greedy=True).texts[0][0]
-    found = parse_completion(text)
-    if not found.well_formed:
-        print(f"not in the form <think>...</think><answer>...</answer>: {text}")
-        return 0
-    spans = "".join(f", from {start} to {end} s" for start, end in found.spans or ())
-    print(f"trace:  {found.think}\nanswer: {with_option(found.answer, record.options)}{spans}")
+    parts = completion_in_words(text, record.options)
+    print("trace:  {}\nanswer: {}".format(*parts) if parts else
+          f"not in the form <think>...</think><answer>...</answer>: {text}")
     return 0
 
 
@@ -334,35 +283,6 @@ def _add_policy_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="Threads on a CPU; none: what is fastest for the model.")
 
 
-def _policy_config(options: argparse.Namespace, overrides: dict | None = None):
-    r"""Load the config that applies to `--adapter`, or to the base model."""
-    from .config import load_config
-
-    file = options.config
-    if file is None and options.adapter is not None:
-        adapter = Path(options.adapter).resolve()
-        above = [folder / "config.yaml" for folder in [adapter, *adapter.parents][:4]]
-        file = next((path for path in above if path.is_file()), None)
-    given = {name: getattr(options, name) for name in ("model", "device") if getattr(options, name) is not None}
-    return load_config(file, given | (overrides or {}))
-
-
-def _claim(out: Path, settings: dict) -> None:
-    r"""Mark a folder as that of one evaluation; refuse one that holds another. Raises `ConfigError`."""
-    from .files import make_folder, write_atomically
-
-    path = out / "evaluation.json"
-    if path.exists():
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in settings if saved.get(name) != settings[name]]
-        if changed:
-            raise ConfigError(f"{out} holds an evaluation with another {', '.join(changed)}: give another --out")
-    elif out.exists() and any(entry.suffix != ".part" for entry in out.iterdir()):  # a kill may leave one
-        raise ConfigError(f"{out} is not empty and holds no evaluation: give another --out")
-    make_folder(out)
-    write_atomically(path, json.dumps(settings, indent=2) + "\n")
-
-
 # --- data and pretrain -----------------------------------------------------------------------------------------------
 
 
@@ -370,31 +290,25 @@ def data_command(arguments: Sequence[str]) -> int:
     r"""Build ToyVideoQA, clips and records, from a seed."""
     options = _seed_and_folder(data_command, arguments)
     from .toy.world import build_dataset
+    from .words import plural
 
     manifest = build_dataset(options.out, options.seed)
     for name, split in manifest["splits"].items():
-        print(f"{name}: {split['questions']} questions on {split['clips']} clips")
+        print(f"{name}: {plural(split['questions'], 'question')} on {plural(split['clips'], 'clip')}")
     return 0
 
 
 def pretrain_command(arguments: Sequence[str]) -> int:
-    r"""Build the tiny base model from a seed and examine it (about half an hour on 2 cores)."""
+    r"""Build the tiny base model from a seed and examine it (about 80 minutes on one core)."""
     options = _seed_and_folder(pretrain_command, arguments)
     from .config import TrainConfig
-    from .data import read_records
-    from .files import resolve
-    from .policy import Policy
     from .toy import examination
     from .toy.recipe import Recipe, pretrain
 
-    config = TrainConfig()
-    records = read_records(resolve(config.train_file))
-    facts = pretrain(options.out, Recipe(seed=options.seed))
-    print(f"{facts['parameters']} parameters in {options.out}, {facts['minutes']} minutes")
-    found = examination.examine(Policy.load(options.out), records, num_frames=config.num_frames,
-                                max_new_tokens=config.max_new_tokens)
-    examination.write(found, options.out)
-    print(examination.as_table(found))
+    if not options.examine:
+        facts = pretrain(options.out, Recipe(seed=options.seed))
+        print(f"{facts['parameters']} parameters in {options.out}, {facts['minutes']} minutes")
+    print(examination.as_table(examination.examine_base(options.out, TrainConfig())))
     return 0
 
 
@@ -402,8 +316,11 @@ def _seed_and_folder(command: Callable, arguments: Sequence[str]) -> argparse.Na
     parser = Parser(command)
     parser.add_argument("--seed", type=int, default=0, help="0 gives what the repository ships.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="A new or empty folder.")
+    if command is pretrain_command:
+        parser.add_argument("--examine", action="store_true", help="Only examine the model that --out holds.")
     options = parser.parse_args(arguments)
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+    if not vars(options).get("examine") and options.out.exists() and (
+            not options.out.is_dir() or any(options.out.iterdir())):
         raise ConfigError(f"{options.out} exists and is not empty: give another --out, or remove it first")
     return options
 
@@ -459,8 +376,11 @@ def report_command(arguments: Sequence[str]) -> int:
 
 def bench_command(arguments: Sequence[str]) -> int:
     r"""Measure the seconds of a training step (and memory on a GPU) beside one that repeats the prompt."""
+    from .distributed import set_threads
     from .lab import bench
+    from .lab.gpu_report import gpu_report
     from .loading import quiet_libraries
+    from .scale.memory import predict
 
     parser = Parser(bench_command)
     parser.add_argument("--frames", type=int, nargs="+", default=[8, 16, 32], metavar="N", help="Frames of the clip.")
@@ -473,7 +393,10 @@ def bench_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--repeats", type=int, default=5, help="Rounds that the medians are of, after one to warm up.")
     parser.add_argument("--ways", nargs="+", default=list(bench.WAYS), choices=bench.WAYS, help="What is measured.")
     parser.add_argument("--micro-batch", type=int, help="Completions in one pass of the shared way; none: all.")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda for bfloat16 and NF4.")
+    parser.add_argument("--device", help="cpu, or cuda for bfloat16 and NF4; none: cpu, for --gpu-report cuda.")
+    parser.add_argument("--gpu-report", action="store_true", help="Report one card at the paper's setting: seconds, "
+                        "memory beside the prediction, share of the peak, and training beside a CPU's.")
+    parser.add_argument("--tiny", action="store_true", help="Try --gpu-report with a shape that suits a CPU.")
     parser.add_argument("--model", choices=bench.SHAPES, help="Random model; none: tiny on a CPU, 3B on a GPU.")
     parser.add_argument("--threads", type=int, help="Threads of torch; none: torch's own choice.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where the result goes, after every setting anew.")
@@ -482,17 +405,22 @@ def bench_command(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     set_threads(options.threads)
     quiet_libraries()
+    command = shlex.join(["python", "-m", "dvr1_lite", "bench", *arguments])
+    if options.gpu_report:
+        print(gpu_report(options.device or "cuda", tiny=options.tiny, predict=predict, command=command,
+                         completion_tokens=options.completion_tokens, repeats=options.repeats, note=options.note,
+                         json_file=options.json, table_file=options.table))
+        return 0
     grid = bench.settings(options.frames, options.group_size, options.completion_tokens, options.inner_updates,
                           options.size)
-    result, stopped = bench.bench(bench.kinds(options.device, options.model), grid,
-                                  command=shlex.join(["python", "-m", "dvr1_lite", "bench", *arguments]),
+    result, stopped = bench.bench(bench.kinds(options.device or "cpu", options.model), grid, command=command,
                                   repeats=options.repeats, ways=options.ways, micro_batch=options.micro_batch,
                                   json_file=options.json, table_file=options.table, note=options.note)
     print(bench.as_table(result))
     return INTERRUPTED if stopped else 0
 
 
-# --- check, memory, merge --------------------------------------------------------------------------------------------
+# --- own data: check, reward, pilot ----------------------------------------------------------------------------------
 
 
 def check_command(arguments: Sequence[str]) -> int:
@@ -500,13 +428,12 @@ def check_command(arguments: Sequence[str]) -> int:
     from .config import load_config
     from .files import make_folder, resolve
     from .lab import plotting
-    from .scale.check import check_records, examples, format_report, show_record
+    from .scale.check import check_records, examples, format_report, print_notes, show_record
     from .scale.datasets import SOURCES, read_any
 
     parser = Parser(check_command)
     parser.epilog = "Formats and where their data come from: " + "; ".join(f"{k}: {v}" for k, v in SOURCES.items())
-    parser.add_argument("--data", required=True, metavar="FILE", help="Records: JSONL, JSON or CSV.")
-    parser.add_argument("--root", metavar="DIR", help="Folder that clip paths start from; none: the file's own.")
+    _add_data_options(parser)
     parser.add_argument("--spans", metavar="FILE", help="NExT-GQA's spans; none: gsub_NAME.json beside the CSV.")
     parser.add_argument("--config", metavar="FILE.yaml", help="Training config, for its model, frames and size; none: "
                         "the defaults.")
@@ -519,7 +446,7 @@ def check_command(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--limit is {options.limit}: give 0 or more")
     config = load_config(options.config, {} if options.num_frames is None else {"num_frames": options.num_frames})
     errors = []
-    records = read_any(resolve(options.data), options.root, spans=options.spans, errors=errors)
+    records = read_any(resolve(options.data), options.data_root, spans=options.spans, errors=errors)
     chosen = records[::-(-len(records) // options.limit)] if options.limit else records
     report = check_records(chosen, config.num_frames, config.frame_size, decode=not options.fast, errors=errors)
     print(format_report(report))
@@ -532,6 +459,63 @@ def check_command(arguments: Sequence[str]) -> int:
             plotting.save(plotting.frame_strip(frames, record.question[:100], record.answer_in_words), path)
             print(f"frames:   {path}")
     return 0 if report.ok else 1
+
+
+def reward_command(arguments: Sequence[str]) -> int:
+    r"""Try a reward of your own on five completions of a record, before any training; this runs your file."""
+    from .files import resolve
+    from .own_reward import load_reward, try_on_types
+    from .scale.datasets import read_any
+
+    parser = Parser(reward_command)
+    parser.add_argument("name", metavar="FILE.py:FUNCTION", help="It takes (record, completion), returns 0 to 1.")
+    _add_data_options(parser)
+    options = parser.parse_args(arguments)
+    text, sound = try_on_types(load_reward(options.name), read_any(resolve(options.data), options.data_root))
+    print(text)
+    return 0 if sound else 1
+
+
+def pilot_command(arguments: Sequence[str]) -> int:
+    r"""Sample some completions before a training: can it learn, what should be changed first, how long does it take?"""
+    from .config import load_config
+    from .evaluation import limited
+    from .files import make_folder, write_atomically
+    from .lab.variants import trainer_class
+    from .scale.pilot import pilot, recommended, report, write_config
+
+    parser = Parser(pilot_command)
+    parser.epilog = "Takes --config, --card and every config field as an option too, as train does."
+    parser.add_argument("--data", metavar="FILE", help="Your records, with clips in --data-root or beside the file; "
+                        "none: the config's train_file.")
+    parser.add_argument("--prompts", type=int, default=50, help="Records to draw, the same in every pilot.")
+    parser.add_argument("--completions", type=int, default=8, help="Completions of each.")
+    parser.add_argument("--write-config", type=Path, metavar="FILE.yaml", help="Measure with the recommended settings, "
+                        "and write a config with them for train.")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="Where pilot.json goes.")
+    options, rest = parser.parse_known_args(arguments)
+    file, resume, given = parse_training(rest)
+    if resume is not None or (options.write_config and options.write_config.exists()):
+        raise ConfigError("leave --resume to train" if resume else f"{options.write_config} exists: give another name")
+    if options.data is not None:
+        given = {"data_root": None, "eval_files": []} | given | {"train_file": options.data}
+    config, advice = load_config(file, given), {}
+    if options.write_config:
+        config, advice = recommended(config)
+    records, evaluations, scoring = _prepare(config, given.get("reward"))
+    found = pilot(config, records, prompts=options.prompts, completions=options.completions,
+                  trainer=trainer_class(config), scoring=scoring, progress=True,
+                  questions=sum(len(limited(asked, config.eval_limit)) for asked in evaluations.values()))
+    print(report(found))
+    if options.out is not None:
+        make_folder(options.out)
+        write_atomically(options.out / "pilot.json", json.dumps(found, indent=1) + "\n")
+    if options.write_config:
+        print(f"config: {write_config(options.write_config, config, advice)}")
+    return 0
+
+
+# --- memory, merge ---------------------------------------------------------------------------------------------------
 
 
 def merge_command(arguments: Sequence[str]) -> int:
@@ -557,11 +541,13 @@ def memory_command(arguments: Sequence[str]) -> int:
     r"""Predict the memory of a training run from its configuration alone, and say what to change if it is too much."""
     from .config import card_gb, load_config
     from .files import write_atomically
+    from .loading import has_bfloat16
     from .scale import memory
 
     parser = Parser(memory_command)
     parser.epilog = "Takes --config and every field of it, as train does."
-    parser.add_argument("--card", type=int, metavar="GB", help="Settings for a GPU with 16, 24 or 80 GB, to compare.")
+    parser.add_argument("--card", type=int, metavar="GB", help="Settings for a GPU with 15 (T4), 16, 24 or 80 "
+                        "GB, to compare.")
     parser.add_argument("--available", type=float, metavar="GB", help="Compare with so many 2**30 bytes.")
     parser.add_argument("--text-tokens", type=int, default=memory.TEXT_TOKENS, help="Question, options, instruction.")
     parser.add_argument("--no-image", action="store_true", help="No record has a picture besides its clip.")
@@ -576,7 +562,7 @@ def memory_command(arguments: Sequence[str]) -> int:
     if options.json is not None:
         write_atomically(options.json, json.dumps(memory.as_dict(prediction), indent=1) + "\n")
     print(memory.table(prediction))
-    available = options.available or (card_gb(options.card) if options.card else None)
+    available = options.available or (card_gb(options.card, has_bfloat16(config.device)) if options.card else None)
     if available is not None:
         memory.check_fits(config, available, **expected)
         print(f"{'available':<24}{available:8.2f} GB: it fits")
@@ -588,7 +574,8 @@ def memory_command(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train_command, "evaluate": evaluate_command, "ask": ask_command, "data": data_command,
     "pretrain": pretrain_command, "reproduce": reproduce_command, "report": report_command,
-    "check": check_command, "memory": memory_command, "merge": merge_command, "bench": bench_command,
+    "check": check_command, "reward": reward_command, "pilot": pilot_command, "memory": memory_command,
+    "merge": merge_command, "bench": bench_command,
 }
 
 

@@ -15,7 +15,7 @@ def centre(values: Tensor) -> Tensor:
 
 
 def group_advantages(rewards: Tensor, eps: float = 1e-4, std: str = "population") -> Tensor:
-    r"""Normalise the rewards of each group, Eq. 5: $A_i = (R_i - \bar R) / (\mathrm{std}\,R + \epsilon)$; (B, G).
+    r"""Normalise the rewards of each group, Eq. 5: $A_i = (R_i - \bar R) / (\mathrm{std}\,R + \epsilon_A)$; (B, G).
 
     rewards: (B, G), any scale, integers and half precision become float32. std: "population" (rewards [1, 1, 0, 0]
     give advantages of 1.000), "sample" (0.866) or "none" (0.5: only the mean is subtracted). A group of one and a group
@@ -29,7 +29,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4, std: str = "population"
 
 
 def predicted_advantages(rho: Tensor, eps: float = 0.1) -> Tensor:
-    r"""Normalise the log-ratios of each group, Eq. 7: $\hat A_i = (\rho_i-\bar\rho) / (\mathrm{std}\,\rho + \epsilon)$.
+    r"""Normalise the log-ratios of a group, Eq. 7: $\hat A_i = (\rho_i-\bar\rho)/(\mathrm{std}\,\rho+\epsilon_\rho)$.
 
     rho: (B, G) in nats, see `objectives.log_ratios`. The gradient flows through mean and std. At rho = 0, the start of
     every batch, the value is 0 and the gradient (identity - 1/G) / eps: PyTorch's std has gradient 0 there, where

@@ -39,7 +39,9 @@ class ModelConfig:
                          choices=("float32", "float64", "bfloat16", "float16"))
     device: str = setting("cpu", "Where to run: cpu, cuda, or cuda:N.", "name", "A100 (3B), H200 (7B)")
     after_video: str = setting("grid", "Position of the first text token after a video: as transformers 5.3 and later "
-                               "count it (grid), or as Qwen's own code does (max).", "name", choices=("grid", "max"))
+                               "count it (grid), or as Qwen's own code does (max). With Qwen3-VL, max leaves out the "
+                               "vision tokens that transformers 5 keeps around a whole video.", "name",
+                               choices=("grid", "max"))
     gradient_checkpointing: bool = setting(False, "Recompute each layer in the backward pass: less memory, more time, "
                                            "the same numbers.", "true or false")
     local_files_only: bool = setting(False, "Never contact the hub, not even to look for a newer version.",
@@ -87,6 +89,12 @@ class RewardConfig:
 
     judge: str = setting("strict", "Accepted for choice B. strict: B, B. and (B); first-letter: all that begins with B "
                          "or (B, as SEED-Bench-R1 has it.", "name", choices=("strict", "first-letter"))
+    reward: str = setting("", "A reward of your own, FILE.py:function, instead of accuracy and IoU; it takes (record, "
+                          "completion) and returns 0 to 1. Your code runs, so only a command line can name it; empty: "
+                          "built in.", "file and function", OUT_OF_SCOPE)
+    reward_errors: str = setting("stop", "Where your reward fails or returns no number from 0 to 1. stop: the run "
+                                 "ends; skip: the completion gets 0 for it and is counted.", "name", OUT_OF_SCOPE,
+                                 ("stop", "skip"))
 
 
 @dataclass(frozen=True)
@@ -135,8 +143,10 @@ class LoopConfig:
     inner_updates: int = setting(4, "Updates of the weights on each batch of rollouts.", "updates", at_least=1)
     micro_batch: int | None = setting(None, "Completions whose activations are held at a time; the gradient does not "
                                       "depend on it; none: all at once.", "completions", at_least=1)
+    sample_batch: int | None = setting(None, "Prompts whose groups are sampled together; fewer take less memory and "
+                                       "more time; none: all of a step.", "prompts", at_least=1)
     temperature: float = setting(1.0, "Temperature of sampling and of all log-probs.", "no unit", above=0)
-    max_new_tokens: int = setting(28, "Longest completion, with its end token.", "tokens", at_least=1, below=32769)
+    max_new_tokens: int = setting(32, "Longest completion, with its end token.", "tokens", at_least=1, below=32769)
     learning_rate: float = setting(3e-4, "Learning rate of AdamW.", "per update", above=0)
     warmup_steps: int = setting(0, "Steps over which the learning rate rises linearly; constant afterwards.", "steps",
                                 at_least=0)
@@ -311,26 +321,36 @@ def _coerce(name: str, value: Any) -> Any:
 
 def shipped_configs() -> dict[str, Path]:
     r"""List the configurations in `dvr1_lite/configs/` by name."""
-    return {path.stem: path for path in sorted(CONFIGS.glob("*.yaml")) if path.stem != "cards"}
+    other = ("cards", "full_scale", "recommendation")
+    return {path.stem: path for path in sorted(CONFIGS.glob("*.yaml")) if path.stem not in other}
 
 
-def card_settings(card: int, model: str) -> dict[str, Any]:
-    r"""Return what `configs/cards.yaml` changes for a model on a GPU with so many GB. Raises `ConfigError`."""
+def card_settings(card: int, model: str, bfloat16: bool = True) -> dict[str, Any]:
+    r"""Return what `configs/cards.yaml` changes for a model on a GPU with so many GB. Raises `ConfigError`.
+
+    bfloat16: whether the GPU computes in it; without it the number type is float32, and a card of 16 GB is a T4.
+    """
+    entry = _card(card, bfloat16)
+    return entry["all"] | entry.get(model, {}) | ({} if bfloat16 else {"dtype": "float32"})
+
+
+def card_gb(card: int, bfloat16: bool = True) -> float:
+    r"""Return the memory of such a GPU in 2**30 bytes, as its driver reports it."""
+    return _card(card, bfloat16)["memory_gb"]
+
+
+def _card(card: int, bfloat16: bool) -> dict[str, Any]:
     cards = yaml.safe_load((CONFIGS / "cards.yaml").read_text(encoding="utf-8"))
     if card not in cards:
         raise ConfigError(f"there are no settings for a card with {card} GB: choose one of "
                           f"{', '.join(map(str, cards))}, the largest that is not larger than yours")
-    return cards[card]["all"] | cards[card].get(model, {})
-
-
-def card_gb(card: int) -> float:
-    r"""Return the memory of such a GPU in 2**30 bytes, as its driver reports it."""
-    return yaml.safe_load((CONFIGS / "cards.yaml").read_text(encoding="utf-8"))[card]["memory_gb"]
+    return cards[card] if bfloat16 else cards[cards[card].get("without_bfloat16", card)]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     r"""Read the mapping in a YAML file, or in the shipped config of that name, by `yaml.safe_load`.
 
+    `extends: NAME` puts the file's lines on top of those of another one in `dvr1_lite/configs/`.
     Raises `ConfigError` if there is none, or for a file over 1 MB or with aliases, of which a few lines can stand for
     gigabytes.
     """
@@ -363,7 +383,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"config {path} holds a {type(values).__name__}, not `key: value` lines: see "
                           f"dvr1_lite/configs/lite.yaml")
-    return values
+    base = values.pop("extends", None)
+    if base is not None and base not in (known := ["full_scale", *shipped_configs()]):
+        raise ConfigError(f"config {path} extends {base!r}: name one of {', '.join(known)}")
+    return values if base is None else read_yaml(CONFIGS / f"{base}.yaml") | values
 
 
 def _reason(error: Exception) -> str:

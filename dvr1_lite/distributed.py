@@ -1,4 +1,4 @@
-r"""Data parallel training over whole groups, on accelerate. One process is several processes with world size 1.
+r"""Threads, and data parallel training over whole groups on accelerate. One process is several with world size 1.
 
 Each process samples and trains on its own groups. Every objective is a mean over groups, so the mean of the processes'
 gradients is exactly the gradient of all groups; log-probs need not be exchanged.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import random
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +17,27 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from .errors import UserError
+from .config import ModelConfig
+from .errors import ConfigError, UserError
+from .files import resolve
 
+SMALL_MODEL_BYTES = 100e6  # weights below which one thread is fastest
 TIMEOUT = datetime.timedelta(hours=24)  # the other processes wait while the main one evaluates or saves
+
+
+def set_threads(threads: int | None, config: ModelConfig | None = None) -> str:
+    r"""Set torch's threads and say which: as asked, OMP_NUM_THREADS, or 1 where the model is so small that more threads
+    only wait for each other."""
+    if threads is None and "OMP_NUM_THREADS" not in os.environ and config is not None and config.device == "cpu":
+        weights = list(resolve(config.model).glob("*.safetensors")) if resolve(config.model).is_dir() else []
+        if weights and sum(path.stat().st_size for path in weights) < SMALL_MODEL_BYTES:
+            threads = 1
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"--threads is {threads}: give 1 or more")
+        torch.set_num_threads(threads)
+    count = torch.get_num_threads()
+    return f"computing with {count} thread{'s' * (count > 1)} (--threads or OMP_NUM_THREADS changes that)"
 
 
 def processes(device: str = "cpu") -> PartialState:

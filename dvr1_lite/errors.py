@@ -27,6 +27,10 @@ class ModelError(UserError):
     """A model folder, adapter or optional package that cannot be loaded."""
 
 
+class RewardError(UserError):
+    """A reward function of the user's own that fails or returns no number from 0 to 1."""
+
+
 class NumericsError(UserError):
     """A non-finite log-prob, reward or gradient; names the record."""
 

@@ -13,7 +13,7 @@ import json
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from .data import Record, prompt_text
 from .errors import ClipError, ConfigError, within_memory
 from .files import append_lines, make_folder, read_lines, write_atomically
+from .own_reward import OwnScore
 from .policy import Policy, encode_record
 from .rewards import asks_span, parse_completion, score, temporal_iop
 from .rollout import sample_groups
@@ -48,7 +49,7 @@ def limited(records: Sequence[Record], limit: int) -> list[Record]:
 
 def evaluate(policy: Policy, records: Sequence[Record], config: TrainConfig, *, temperature: float | None = None,
              samples: int | None = None, out: str | Path | None = None, label: str = "evaluate",
-             progress: bool = False) -> list[dict]:
+             progress: bool = False, scoring: Callable | None = None) -> list[dict]:
     r"""Answer every record and score the answers; return one row a completion, in the order they were made.
 
     config: its `eval_batch` questions are answered together, each prefilled once; temperature and samples stand for
@@ -56,7 +57,8 @@ def evaluate(policy: Policy, records: Sequence[Record], config: TrainConfig, *, 
     for each batch) and `eval_samples` if not given. out: JSONL file that rows are appended to; an existing one is
     resumed, and a batch that was cut short is made again, so that the result does not depend on where it stopped. A
     row holds `index` and `record_id`, `clip`, `question_type`, `sample`, `completion` and the parts of its score; one
-    with `error` stands for a record whose clip cannot be read.
+    with `error` stands for a record whose clip cannot be read. scoring: a reward of your own (own_reward.py), which
+    adds `task_reward` and `reward_error`; None is `rewards.score`.
     Raises `ClipError` if no clip can be read, `ConfigError` if `out` holds answers to other records, `UserError` if
     the memory or the disk is full; the rows in `out` stay.
     """
@@ -74,7 +76,8 @@ def evaluate(policy: Policy, records: Sequence[Record], config: TrainConfig, *, 
             if indices and indices[0] in finished:
                 continue
             with within_memory(f"answering {len(indices)} questions together", "give a smaller eval_batch"):
-                made = _answer(policy, records, indices, config, temperature, f"{config.seed}/{number}", samples)
+                made = _answer(policy, records, indices, config, temperature, f"{config.seed}/{number}", samples,
+                               scoring or score)
             rows += made
             if path is not None:
                 append_lines(path, made)
@@ -96,7 +99,7 @@ def _batches(policy: Policy, records: Sequence[Record], config: TrainConfig) -> 
 
 
 def _answer(policy: Policy, records: Sequence[Record], indices: list[int], config: TrainConfig, temperature: float,
-            seed: str, samples: int) -> list[dict]:
+            seed: str, samples: int, scoring: Callable) -> list[dict]:
     prompts, rows = {}, []
     for index in indices:
         try:
@@ -110,16 +113,20 @@ def _answer(policy: Policy, records: Sequence[Record], indices: list[int], confi
     rollout = sample_groups(policy, list(prompts.values()), samples, config.max_new_tokens, generator=generator,
                             temperature=temperature or 1.0, greedy=temperature == 0)
     for index, texts in zip(prompts, rollout.texts):
-        rows += [prediction(index, records[index], text, sample, config.judge) for sample, text in enumerate(texts)]
+        rows += [prediction(index, records[index], text, sample, config.judge, scoring)
+                 for sample, text in enumerate(texts)]
     return rows
 
 
-def prediction(index: int, record: Record, completion: str, sample: int = 0, judge: str = "strict") -> dict:
+def prediction(index: int, record: Record, completion: str, sample: int = 0, judge: str = "strict",
+               scoring: Callable = score) -> dict:
     r"""Build one row: which record, what was answered, the parts of its score, and the IoP of a predicted span."""
-    scored = score(record, completion, judge)
+    scored = scoring(record, completion, judge)
     row = _about(index, record, sample) | {
         "completion": completion, "format": scored.format, "accuracy": scored.accuracy, "iou": scored.iou,
         "total": scored.total, "maximum": scored.maximum}
+    if isinstance(scored, OwnScore):
+        row |= {"task_reward": scored.task, "reward_error": scored.error}
     if asks_span(record):  # the first predicted span, the best over the true ones
         spans = parse_completion(completion).spans
         row["iop"] = max(temporal_iop(spans[0], truth) for truth in record.spans) if spans else 0.0
@@ -155,7 +162,8 @@ def summarise(predictions: Iterable[dict]) -> dict:
     `accuracy` (Eq. 22) with `ci95` [low, high] clustered by clip, `n` questions and `clips`; the same four for each
     entry of `by_type`; `answers`; `format_rate`; `broken` questions, which count nowhere else; and, where time spans
     were asked, `mean_iou` (Eq. 23) and `recall` at 0.3, 0.5 and 0.7 (Eq. 24) over those questions alone, and what
-    `grounded_answers` adds.
+    `grounded_answers` adds. With a reward of your own, `task_reward` is its mean, `task_reward_ci95` the interval, and
+    `reward_errors` counts the answers that it failed for.
     """
     rows = list(predictions)
     good = [row for row in rows if "error" not in row]
@@ -168,6 +176,9 @@ def summarise(predictions: Iterable[dict]) -> dict:
         "format_rate": _mean([row["format"] for row in good]),
         "by_type": {name: _accuracy(by_type[name]) for name in sorted(by_type)},
     }
+    if own := [row["task_reward"] for row in good if "task_reward" in row]:
+        summary |= {"task_reward": _mean(own), "reward_errors": sum(bool(row["reward_error"]) for row in good),
+                    "task_reward_ci95": list(share_interval(own, [row["clip"] for row in good]))}
     ious = [row["iou"] for row in good if row["iou"] is not None]
     return summary | (grounding(ious) if ious else {}) | grounded_answers(good)
 
@@ -207,14 +218,15 @@ def _accuracy(rows: list[dict]) -> dict:
             "clips": len(set(clusters))}
 
 
-def paired_change(before: Iterable[dict], after: Iterable[dict]) -> dict:
+def paired_change(before: Iterable[dict], after: Iterable[dict], key: str = "accuracy") -> dict:
     r"""Compute the change of accuracy from one set of predictions to another on the same questions, in shares.
 
-    Each question's mean accuracy before is taken from its mean after, and the differences are clustered by clip:
+    key: "accuracy" or "task_reward". Each question's mean before is taken from its mean after, and the differences are
+    clustered by clip:
     `change`, `ci95` [low, high], `n` questions and `clips`; the same by question type. Questions that only one of the
     two could answer (a broken clip) are left out and counted in `unpaired`.
     """
-    old, new = _per_question(before), _per_question(after)
+    old, new = _per_question(before, key), _per_question(after, key)
     shared = sorted(old.keys() & new.keys())
     by_type = defaultdict(list)
     for index in shared:
@@ -230,13 +242,46 @@ def paired_change(before: Iterable[dict], after: Iterable[dict]) -> dict:
         "by_type": {name: change(indices) for name, indices in sorted(by_type.items())}}
 
 
-def _per_question(rows: Iterable[dict]) -> dict[int, tuple[float, str, str]]:
+def _per_question(rows: Iterable[dict], key: str) -> dict[int, tuple[float, str, str]]:
     grouped = defaultdict(list)
     for row in rows:
         if "error" not in row:
             grouped[row["index"]].append(row)
-    return {index: (_mean([row["accuracy"] for row in group]), group[0]["clip"], group[0]["question_type"])
+    return {index: (_mean([row[key] for row in group]), group[0]["clip"], group[0]["question_type"])
             for index, group in grouped.items()}
+
+
+def compare_saved(before: str | Path, after: str | Path) -> tuple[dict, dict, dict]:
+    r"""Return both summaries and the paired change of two evaluations saved by `evaluate`.
+
+    Raises `ConfigError` if a folder holds no finished evaluation, or the two asked different questions.
+    """
+    rows, summaries = [], []
+    for folder in map(Path, (before, after)):
+        if not (folder / "summary.json").is_file() or not (folder / "predictions.jsonl").is_file():
+            raise ConfigError(f"{folder} holds no finished evaluation (predictions.jsonl and summary.json): give the "
+                              f"--out folder of an evaluate command")
+        rows.append(list(read_lines(folder / "predictions.jsonl")))
+        summaries.append(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+    old, new = ({row["index"]: row["record_id"] for row in part} for part in rows)
+    if old != new:
+        raise ConfigError(f"{before} and {after} hold answers to different questions ({len(old)} and {len(new)}): "
+                          f"evaluate both with the same --data and --limit")
+    return *summaries, paired_change(*rows)
+
+
+def claim_folder(out: Path, settings: dict) -> None:
+    r"""Mark a folder as that of one evaluation; refuse one that holds another. Raises `ConfigError`."""
+    path = out / "evaluation.json"
+    if path.exists():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in settings if saved.get(name) != settings[name]]
+        if changed:
+            raise ConfigError(f"{out} holds an evaluation with another {', '.join(changed)}: give another --out")
+    elif out.exists() and any(entry.suffix != ".part" for entry in out.iterdir()):  # a kill may leave one
+        raise ConfigError(f"{out} is not empty and holds no evaluation: give another --out")
+    make_folder(out)
+    write_atomically(path, json.dumps(settings, indent=2) + "\n")
 
 
 # --- intervals -------------------------------------------------------------------------------------------------------
@@ -262,7 +307,7 @@ def mean_interval(values: Sequence[float], clusters: Sequence[str], lowest: floa
                   level: float = 0.95) -> tuple[float, float]:
     r"""Compute the mean +- t quantile x `cluster_standard_error`, cut to [lowest, highest].
 
-    For fewer than two clusters it is that whole range. Where all values are equal, a standard error of 0 would claim
+    For fewer than two clusters it is that whole range. Where all clusters agree, a standard error of 0 would claim
     certainty: each side then reaches the share $t^2 / (C + t^2)$ of the way to its bound, for C clusters, which is
     Wilson's interval where the values are all 0 or all 1.
     """
@@ -270,10 +315,11 @@ def mean_interval(values: Sequence[float], clusters: Sequence[str], lowest: floa
     if count < 2:
         return lowest, highest
     mean, quantile = _mean(values), float(student_t.ppf(0.5 + level / 2, count - 1))
-    if max(values) - min(values) < 1e-12:
+    error = cluster_standard_error(values, clusters)
+    if error < 1e-12:
         reach = quantile**2 / (count + quantile**2)
         return mean - reach * (mean - lowest), mean + reach * (highest - mean)
-    reach = quantile * cluster_standard_error(values, clusters)
+    reach = quantile * error
     return max(lowest, mean - reach), min(highest, mean + reach)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -17,15 +18,27 @@ from safetensors.torch import save_file
 from .errors import ConfigError
 from .files import make_folder, writing
 
+FOLDER_FORMAT = 2  # of the files that keep encoded clips; those of another format are left alone
+
 
 @dataclass(frozen=True)
 class VisualPart:
-    r"""One encoded video or image: embeds (V, H), detached; grid (t, h, w) in patches; seconds between grid times."""
+    r"""One encoded video or image: embeds (V, H), detached; grid (t, h, w) in patches; seconds between grid times.
+
+    moments: of a video, the second in the middle of each grid time. deep: with deepstack, what the language model adds
+    to its states (V, H) after its first layers, one tensor a layer.
+    """
 
     kind: str
     embeds: torch.Tensor
     grid: tuple[int, int, int]
     seconds_per_grid: float = 1.0
+    moments: tuple[float, ...] = ()
+    deep: tuple[torch.Tensor, ...] = ()
+
+    def tokens(self, merge_size: int) -> int:
+        r"""Count the visual tokens of the grid, of which each stands for merge_size x merge_size patches."""
+        return math.prod(self.grid) // merge_size**2
 
 
 @dataclass(frozen=True)
@@ -36,7 +49,7 @@ class Features:
 
     @property
     def nbytes(self) -> int:
-        return sum(part.embeds.numel() * part.embeds.element_size() for part in self.parts)
+        return sum(x.numel() * x.element_size() for part in self.parts for x in (part.embeds, *part.deep))
 
 
 def encoder_digest(visual: torch.nn.Module, preprocessing: dict) -> str:
@@ -79,19 +92,23 @@ class FeatureCache:
 
     def _from_folder(self, key: Hashable, build: Callable[[], Features]) -> Features:
         files = [part.stat() for part in key if isinstance(part, Path) and part.exists()]  # a new file, a new name
-        name = repr((key, [(status.st_size, status.st_mtime_ns) for status in files]))
+        name = repr((FOLDER_FORMAT, key, [(status.st_size, status.st_mtime_ns) for status in files]))
         path = self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.safetensors"
         if path.exists():
             with safe_open(path, "pt") as file:
                 facts = json.loads(file.metadata()["parts"])
-                return Features(tuple(VisualPart(kind, file.get_tensor(str(i)), tuple(grid), seconds)
-                                      for i, (kind, grid, seconds) in enumerate(facts)))
+                return Features(tuple(
+                    VisualPart(kind, file.get_tensor(f"{i}.0"), tuple(grid), seconds, tuple(moments),
+                               tuple(file.get_tensor(f"{i}.{layer}") for layer in range(1, tensors)))
+                    for i, (kind, grid, seconds, moments, tensors) in enumerate(facts)))
         features = build()
-        facts = json.dumps([[part.kind, list(part.grid), part.seconds_per_grid] for part in features.parts])
+        tensors = [(part.embeds, *part.deep) for part in features.parts]
+        facts = json.dumps([[part.kind, list(part.grid), part.seconds_per_grid, list(part.moments), len(own)]
+                            for part, own in zip(features.parts, tensors)])
         make_folder(self.folder)
         part_file = path.with_suffix(f".{os.getpid()}.part")
         with writing(path):
-            save_file({str(i): part.embeds.cpu().contiguous() for i, part in enumerate(features.parts)}, part_file,
-                      {"parts": facts})
+            save_file({f"{i}.{layer}": x.cpu().contiguous() for i, own in enumerate(tensors)
+                       for layer, x in enumerate(own)}, part_file, {"parts": facts})
             os.replace(part_file, path)
         return features

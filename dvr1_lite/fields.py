@@ -5,6 +5,7 @@ whose method `record(where)` returns the record. `read_rows` picks the model tha
 """
 
 import contextlib
+import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PureWindowsPath
@@ -118,6 +119,8 @@ def _first_problem(error: ValidationError) -> tuple[str, str]:
     first = error.errors(include_url=False)[0]
     known = {"missing": "is missing; add it", "string_too_short": "is empty; add it",
              "value_error": str(first.get("ctx", {}).get("error")),
+             "string_type": f"{str(first['input'])[:40]!r} does not fit; write a text in quotes",
+             "tuple_type": f"{str(first['input'])[:40]!r} does not fit; write a list, such as [\"red\", \"green\"]",
              "extra_forbidden": "is not a field of this format; remove it or correct its name"}
     name = "".join(f"[{part}]" if isinstance(part, int) else part for part in first["loc"])
     return name, known.get(first["type"], f"{str(first['input'])[:40]!r} does not fit ({first['msg']}); correct it")
@@ -151,11 +154,14 @@ def read_rows(path: Path, root: Path | str | None, models: Sequence[type[BaseMod
 
 
 def _best_model(models: Sequence[type[BaseModel]], row: dict, where: str) -> type[BaseModel]:
+    r"""Return the model with the most fields in the row, each required one that is missing counted against it."""
     shared = [len(model.model_fields.keys() & row.keys()) for model in models]
+    missing = [sum(field.is_required() and name not in row for name, field in model.model_fields.items())
+               for model in models]
     if max(shared) < 2:
         known = "; ".join(f"{model.__name__}: {', '.join(model.model_fields)}" for model in models)
         raise RecordError(f"{where}: no known format has these fields; use one of {known}")
-    return models[shared.index(max(shared))]
+    return max(zip(models, shared, missing), key=lambda found: found[1] - found[2])[0]
 
 
 def _to_record(model: type[BaseModel], row: dict, where: str, root: Path) -> Any:
@@ -164,6 +170,9 @@ def _to_record(model: type[BaseModel], row: dict, where: str, root: Path) -> Any
         return model.model_validate(present, context={"root": root}).record(where)
     except ValidationError as error:
         name, problem = _first_problem(error)
+        unknown, unused = row.keys() - model.model_fields.keys(), model.model_fields.keys() - row.keys()
+        if near := difflib.get_close_matches(name, unknown if name in unused else unused, n=1):
+            problem += f" (is {near[0]!r} the same?)"
     except FieldError as error:
         name, problem = error.args
     raise RecordError(f"{where}, field {name!r}: {problem}")

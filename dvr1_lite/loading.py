@@ -16,9 +16,8 @@ import torch
 
 from .config import TrainConfig
 from .errors import ConfigError, ModelError
-from .video import CLIP_MEAN, CLIP_STD
+from .families import FAMILIES
 
-FAMILIES = {"qwen2_vl": "Qwen2VLForConditionalGeneration", "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration"}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The language model's linear layers only: the encoder also has modules called gate_proj, up_proj and down_proj.
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
@@ -39,7 +38,7 @@ class LoraSettings:
 
 def load_model(path: str | Path, quantization: str, dtype: str, device: str, lora: LoraSettings | None,
                adapter: str | Path | None, local_files_only: bool) -> tuple[torch.nn.Module, object, dict]:
-    r"""Load (model with adapter, tokenizer, preprocessing) of a Qwen2-VL or Qwen2.5-VL checkpoint.
+    r"""Load (model with adapter, tokenizer, preprocessing) of a checkpoint of a supported family.
 
     Raises `ModelError` or `ConfigError` naming what cannot be loaded and the fix.
     """
@@ -79,9 +78,18 @@ def check_hardware(quantization: str, dtype: str, device: str) -> torch.device:
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {where} was asked for, but torch sees no GPU: use device: cpu, or install a CUDA "
                          f"build of torch")
-    if where.type == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ModelError(f"{torch.cuda.get_device_name(where)} has no bfloat16: use dtype: float16 or float32")
+    if dtype == "bfloat16" and not has_bfloat16(device):
+        raise ModelError(f"{torch.cuda.get_device_name(where)} has no bfloat16: use dtype: float32, which --card 16 "
+                         f"chooses by itself")
     return where
+
+
+def has_bfloat16(device: str) -> bool:
+    r"""Tell whether a device computes in bfloat16 itself; a GPU of compute capability below 8, such as a T4, does not
+    (PyTorch would emulate it). True where there is no such device."""
+    if not device.startswith("cuda") or not torch.cuda.is_available() or torch.version.hip:
+        return True
+    return torch.cuda.get_device_capability(torch.device(device)) >= (8, 0)
 
 
 def is_folder(path: str | Path) -> bool:
@@ -105,7 +113,8 @@ def load_architecture(path: str | Path, local_files_only: bool = False):
     with load_errors(path):
         config = AutoConfig.from_pretrained(path, local_files_only=local_files_only, trust_remote_code=False)
     if config.model_type not in FAMILIES:
-        raise ModelError(f"model {path} is a {config.model_type}: choose one of {', '.join(FAMILIES)}")
+        raise ModelError(f"model {path} is a {config.model_type}, which is not supported: choose a model of one of the "
+                         f"families {', '.join(FAMILIES)}")
     if getattr(config.text_config, "use_sliding_window", False):
         raise ModelError(f"model {path} has sliding-window attention, which a shared prefix does not keep: set "
                          f"use_sliding_window to false in its config.json")
@@ -132,6 +141,8 @@ def _load_problem(error: BaseException) -> str:
         return "is neither a local folder nor on the hub: check the name, or log in if it is private"
     if any(word in chain for word in ("connect", "offline", "localentrynotfound", "timed out", "timeout")):
         return "is no local folder, and the hub is out of reach: download it elsewhere and give its folder instead"
+    if "does not recognize this architecture" in chain or "trust_remote_code" in chain:
+        return f"is of no supported family: choose a model of one of {', '.join(FAMILIES)}"
     first = (str(error).splitlines() or [type(error).__name__])[0]
     return f"cannot be loaded ({first}): download or write it again, complete with tokenizer and safetensors"
 
@@ -152,7 +163,7 @@ def _load_weights(path, config, quantization, dtype, device, local_files_only) -
     hf_logging.disable_progress_bar()
     try:
         with load_errors(path):
-            model = getattr(transformers, FAMILIES[config.model_type]).from_pretrained(path, **options)
+            model = getattr(transformers, FAMILIES[config.model_type].model_class).from_pretrained(path, **options)
     finally:
         if shown:
             hf_logging.enable_progress_bar()
@@ -185,14 +196,15 @@ def unknown_words(tokenizer, *texts: str) -> list[str]:
 
 
 def _load_preprocessing(path: str | Path, config, local_files_only: bool) -> dict:
-    r"""patch_size, temporal_patch_size, merge_size, mean and std; the vision config's and CLIP's where not given."""
+    r"""patch_size, temporal_patch_size, merge_size, mean and std; the config's and the family's where not given."""
     given, vision = _read_json(path, "preprocessor_config.json", local_files_only), config.vision_config
+    family = FAMILIES[config.model_type]
     return {
         "patch_size": int(given.get("patch_size") or vision.patch_size),
         "temporal_patch_size": int(given.get("temporal_patch_size") or vision.temporal_patch_size),
         "merge_size": int(given.get("merge_size") or vision.spatial_merge_size),
-        "mean": tuple(given.get("image_mean") or CLIP_MEAN),
-        "std": tuple(given.get("image_std") or CLIP_STD),
+        "mean": tuple(given.get("image_mean") or family.mean),
+        "std": tuple(given.get("image_std") or family.std),
     }
 
 

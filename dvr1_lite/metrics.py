@@ -14,7 +14,7 @@ from .advantages import group_advantages, leave_one_out_advantages, vanished, va
 from .config import DPO_METHODS, ObjectiveConfig
 from .distributed import gather
 from .objectives import (METHODS, Batch, kl_penalty, log_partition, log_ratios, objective_loss, preference_margins,
-                         surrogate)
+                         reduce_tokens, surrogate)
 
 if TYPE_CHECKING:
     from .training import Group
@@ -59,8 +59,9 @@ def step_metrics(sampled: Sequence[Group], trained: Sequence[Group], updates: Se
 def statistics(batch: Batch, config: ObjectiveConfig) -> dict[str, float]:
     r"""Return the numbers to log: objective, loss, rho_mean, rho_std, kl (with a reference), and the method's own.
 
-    clip_fraction: share of tokens or completions whose gradient the clip removes. correlation: mean corr(R, rho) over
-    groups with a reward spread. margin: mean over groups with a pair. pairs: their share (DPO), pairs a group (rebel).
+    clip_fraction: share of completions whose gradient the clip removes; for grpo of a completion's tokens, then the
+    mean over completions. correlation: mean corr(R, rho) over groups with a reward spread. margin: mean over groups
+    with a pair. pairs: their share (DPO), pairs a group (rebel).
     """
     rho, live = log_ratios(batch, config), ~vanished(batch.rewards)
     values = {"objective": METHODS[config.method](batch, config), "loss": objective_loss(batch, config),
@@ -85,8 +86,9 @@ def statistics(batch: Batch, config: ObjectiveConfig) -> dict[str, float]:
 def _clip_fraction(batch: Batch, config: ObjectiveConfig) -> Tensor:
     advantages = {"grpo": group_advantages(batch.rewards, config.advantage_eps, config.advantage_std),
                   "rloo": leave_one_out_advantages(batch.rewards), "reinforce": batch.rewards}[config.method]
-    log_ratio, count = log_ratios(batch, config), advantages.numel()
-    if config.method == "grpo" and config.ratio_level == "token":
-        log_ratio, advantages, count = batch.logp - batch.logp_old, advantages[..., None], batch.mask.sum()
+    log_ratio, by_token = log_ratios(batch, config), config.method == "grpo" and config.ratio_level == "token"
+    if by_token:
+        log_ratio, advantages = batch.logp - batch.logp_old, advantages[..., None]
     clipped = surrogate(log_ratio, advantages, config.clip_eps) < surrogate(log_ratio, advantages, None)
-    return clipped.sum() / max(count, 1)
+    clipped = clipped.to(batch.logp)  # mean over completions, so that the processes' values average
+    return (reduce_tokens(clipped, batch.mask, "mean") if by_token else clipped).mean()

@@ -95,7 +95,7 @@ def kl_penalty(batch: Batch, estimator: str = "k3") -> Tensor:
 # --- policy gradients ------------------------------------------------------------------------------------------------
 
 def surrogate(log_ratio: Tensor, advantages: Tensor, clip_eps: float | None) -> Tensor:
-    r"""Compute $\min(r A,\ \mathrm{clip}(r, 1 \pm \epsilon) A)$, to be maximised; r A without clipping."""
+    r"""Compute $\min(r A,\ \mathrm{clip}(r, 1 \pm \epsilon_{clip}) A)$, to be maximised; r A without clipping."""
     ratio = bounded_exp(log_ratio)
     if clip_eps is None:
         return ratio * advantages
@@ -133,10 +133,10 @@ def rloo(batch: Batch, config: ObjectiveConfig) -> Tensor:
 def reg_grpo(batch: Batch, config: ObjectiveConfig) -> Tensor:
     r"""Compute Reg-GRPO's loss, Eq. 8 and 18: $\frac1G\sum_i (A_i - \hat A_i)^2$ with $\hat A$ of Eq. 7.
 
-    With both epsilons 0 it is $2(1 - \mathrm{corr}(R, \rho))$, blind to shift and scale of rho, and G = 2 has no
-    gradient once rho moves. With $\epsilon$ = `predicted_eps` it is $(\epsilon / (c + \epsilon))^2$ at $\rho = cA$: no
-    finite scale is best. The start gradient is $2/\epsilon$ times the group-normalised policy gradient of *summed*
-    log-probs (Eq. 2 divides by $|y|$): Reg-GRPO(beta, eps) starts as $2/\epsilon$ times summed GRPO(beta eps / 2).
+    With advantage_eps 0 a live group's loss is $1 - 2cu + u^2$, $u = s / (s + \epsilon_\rho)$; c is the correlation of
+    rewards and rho, s = std(rho). For c > 0 the best s is $\epsilon_\rho c / (1 - c)$, for c = 1 none is finite. With
+    both epsilons 0 it is $2(1 - c)$, blind to shift and scale; G = 2 has no gradient. The gradient starts as 2/eps
+    times that of GRPO with weight beta eps/2 and *summed* log-probs (eps = `predicted_eps`; Eq. 2 divides by $|y|$).
     Differs from the paper: the epsilons; with `mask_vanished` vanished groups have error 0 and stay in the mean.
     """
     advantages = group_advantages(batch.rewards, config.advantage_eps, config.advantage_std)

@@ -27,7 +27,7 @@ from transformers import DynamicCache
 from .config import VideoConfig
 from .data import Record
 from .errors import ConfigError, ModelError
-from .families import Prompt, banned_tokens, build_prompt
+from .families import Prompt, banned_tokens, build_prompt, insert_features
 from .features import FeatureCache, Features, VisualPart, encoder_digest
 from .loading import LoraSettings, load_model
 from .video import Clip, patchify, read_clip, read_image
@@ -126,7 +126,7 @@ class Policy:
     def load(cls, path: str | Path, *, quantization: str = "none", lora: LoraSettings | None = None,
              adapter: str | Path | None = None, dtype: str = "float32", device: str = "cpu",
              local_files_only: bool = False, **options) -> Policy:
-        r"""Load a Qwen2-VL or Qwen2.5-VL checkpoint from a folder or the hub; safetensors only, no remote code.
+        r"""Load a checkpoint of one of `families.FAMILIES` from a folder or the hub; safetensors only, no remote code.
 
         quantization: "none" or "nf4" (double quantization; language-model linear layers only). lora: new adapters, or
         None for a frozen model; adapter: a folder in peft's format instead, trainable again. dtype: of the frozen
@@ -165,24 +165,24 @@ class Policy:
         if key is not None:
             return self.features.get(key, lambda: self.encode(clip, image))
         clip = clip() if callable(clip) else clip
-        parts = []
-        if clip is not None:
-            seconds = self.preprocessing["temporal_patch_size"] / clip.fps
-            parts.append(self._encode_part("video", clip.frames, seconds))
+        parts = [] if clip is None else [self._encode_part("video", clip.frames, clip)]
         if image is not None:
-            parts.append(self._encode_part("image", image.reshape(1, *image.shape[-3:]), 1.0))
+            parts.append(self._encode_part("image", image.reshape(1, *image.shape[-3:])))
         return Features(tuple(parts))
 
     @torch.no_grad()
-    def _encode_part(self, kind: str, frames: torch.Tensor, seconds_per_grid: float) -> VisualPart:
+    def _encode_part(self, kind: str, frames: torch.Tensor, clip: Clip | None = None) -> VisualPart:
         patches, grid = patchify(frames, **self.preprocessing)
         if not self.visual.training:
             self.model.train()
         patches = patches.to(self.device, self.visual.patch_embed.proj.weight.dtype)
         encoded = self.visual(patches, grid_thw=grid[None].to(self.device))
-        embeds = getattr(encoded, "pooler_output", encoded)
-        return VisualPart(kind, embeds.to(self.language.embed_tokens.weight.dtype), tuple(grid.tolist()),
-                          seconds_per_grid)
+        tensors = [getattr(encoded, "pooler_output", encoded), *getattr(encoded, "deepstack_features", ())]
+        embeds, *deep = [x.to(self.language.embed_tokens.weight.dtype) for x in tensors]
+        seconds, size = clip.seconds if clip else [], self.preprocessing["temporal_patch_size"]
+        moments = [(seconds[k] + seconds[k:k + size][-1]) / 2 for k in range(0, len(seconds), size)]
+        return VisualPart(kind, embeds, tuple(grid.tolist()), size / clip.fps if clip else 1.0, tuple(moments),
+                          tuple(deep))
 
     def prompt(self, text: str, features: Features = Features()) -> Prompt:
         r"""Build the user turn (visual parts, then text) as the model's family does; see `families.build_prompt`."""
@@ -192,14 +192,14 @@ class Policy:
     # --- the model ---------------------------------------------------------------------------------------------------
 
     def forward(self, embeds: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None,
-                cache: DynamicCache) -> torch.Tensor:
+                cache: DynamicCache, **visual) -> torch.Tensor:
         r"""Run embeddings (N, L, H) at positions (3, N, L) through the language model; the final states (N, L, H).
 
         mask: bool (N, 1, L, keys), true where a token may attend; None: causal. cache: sees every layer's new keys
-        and values, and returns those to attend to.
+        and values, and returns those to attend to. visual: see `families.insert_features`.
         """
         return self.language(inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=True,
-                             **{self._cache_name: cache}).last_hidden_state
+                             **{self._cache_name: cache}, **visual).last_hidden_state
 
     def prefill(self, prompts: list[Prompt]) -> Prefix:
         r"""Run B prompts once, left-padded to the longest; with gradients if they are enabled."""
@@ -212,16 +212,13 @@ class Policy:
         positions = torch.stack([F.pad(p.position_ids, (pad, 0)) for p, pad in zip(prompts, padding)], dim=1)
         ids, positions = ids.to(self.device), positions.to(self.device)
         real = torch.arange(longest, device=self.device) >= longest - lengths[:, None]  # (B, P)
-        embeds = self.language.embed_tokens(ids)
-        visual = [part.embeds for prompt in prompts for part in prompt.features.parts]
-        if visual:
-            places = (ids == self.config.video_token_id) | (ids == self.config.image_token_id)
-            embeds = embeds.masked_scatter(places[..., None], torch.cat(visual).to(embeds))
+        parts = [part for prompt in prompts for part in prompt.features.parts]
+        embeds, visual = insert_features(self.language.embed_tokens(ids), ids, self.config, parts)
         causal = torch.ones(longest, longest, dtype=torch.bool, device=self.device).tril()
         itself = torch.eye(longest, dtype=torch.bool, device=self.device)  # a padding token attends to itself alone
         mask = None if bool(real.all()) else (causal & real[:, None, None, :]) | itself
         cache = PrefixCache()
-        hidden = self.forward(embeds, positions, mask, cache)
+        hidden = self.forward(embeds, positions, mask, cache, **visual)
         following = torch.tensor([prompt.next_position for prompt in prompts], device=self.device)
         return Prefix([cache.recorded[layer] for layer in sorted(cache.recorded)], hidden[:, -1], real, following)
 

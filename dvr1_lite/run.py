@@ -1,8 +1,8 @@
 r"""A whole training in one folder: evaluate, train, evaluate again, and resume after any interruption.
 
 The folder holds `config.yaml`, `metrics.jsonl` (one line a step), `checkpoints/`, `evaluation/` (the answers before and
-after), `adapter/` (peft's format) and `summary.json`. Killed at any moment, the run resumes from its newest checkpoint
-with the same numbers as if it had never stopped.
+after), `adapter/` (peft's format), `summary.json` and, with a reward of your own, `reward.json`. Killed at any moment,
+the run resumes from its newest checkpoint with the same numbers as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -34,18 +35,22 @@ from .errors import ClipError, ConfigError, ModelError, within_memory
 from .evaluation import evaluate, limited, paired_change, summarise
 from .files import append_lines, make_folder, read_lines, resolve, sync, write_atomically, writing
 from .loading import LoraSettings
+from .own_reward import OwnReward, check_same_reward, save_reward
 from .policy import Policy
+from .prefix_check import check_shared_prefix
 from .training import Trainer
 
 VERSIONS = ("dvr1-lite", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "numpy", "decord", "av")
 
 
 def train(config: TrainConfig, records: Sequence[Record], evaluations: Mapping[str, Sequence[Record]] | None = None, *,
-          trainer: type[Trainer] = Trainer, progress: bool = True, resume: bool = False) -> dict:
+          trainer: type[Trainer] = Trainer, scoring: OwnReward | None = None, progress: bool = True,
+          resume: bool = False) -> dict:
     r"""Train on records and return the run's summary, the content of `summary.json`.
 
     evaluations: records by name, answered before and after (`eval_limit` of each). trainer: the class that makes the
-    steps, such as a variant of the augmentation. progress: show live bars. resume: continue what is in `config.out` if
+    steps, such as a variant of the augmentation. scoring: the reward that `config.reward` names, loaded by
+    `own_reward.load_reward`, which runs its file. progress: show live bars. resume: continue what is in `config.out` if
     there is something (the same config, `out` apart), else begin; without it a folder that holds a run is refused.
     `before` and `after` map each evaluation's name to accuracy, ci95, n and by_type; `change` holds their paired
     difference. Ctrl-C finishes the step, saves, and returns the summary so far with `complete` false; a second Ctrl-C
@@ -53,14 +58,11 @@ def train(config: TrainConfig, records: Sequence[Record], evaluations: Mapping[s
     Raises `UserError` for what a user can fix: see errors.py.
     """
     out = Path(config.out)
-    check_folder(config, out, resume)
-    path = out / "summary.json"
-    finished = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if finished.get("complete"):
-        print(f"The run in {out} is complete, all {finished['step']} steps; nothing was done. For a longer one, start "
-              f"anew with more --steps and another --out.")
+    check_folder(config, out, resume, scoring)
+    finished = finished_run(out)
+    if finished:
         return finished
-    run = Run(config, trainer(config, records, load_policy(config)), evaluations or {}, progress)
+    run = Run(config, trainer(config, records, load_policy(config), scoring), evaluations or {}, progress, scoring)
     try:
         run.begin()
         if config.eval_before or not config.steps:
@@ -72,19 +74,32 @@ def train(config: TrainConfig, records: Sequence[Record], evaluations: Mapping[s
         stopped = True
         on_main(run.export_adapter)
     summary = gather(run.summary(complete=not stopped))[0]
-    on_main(lambda: write_atomically(path, json.dumps(summary, indent=2) + "\n"))
+    on_main(lambda: write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n"))
     if stopped and run.main:
         when = (f"after step {run.saved} of {config.steps}, which is saved" if run.saved else
                 f"before the first of {config.steps} steps was saved")
-        print(f"Stopped {when}. To resume: python -m dvr1_lite train --resume {out}, or in Python train(..., "
+        reward = f" --reward {config.reward}" if config.reward else ""
+        print(f"Stopped {when}. To resume: python -m dvr1_lite train --resume {out}{reward}, or in Python train(..., "
               f"resume=True)")
+    return summary
+
+
+def finished_run(out: Path) -> dict:
+    r"""Return the summary of the complete run in a folder, and say that nothing is left to do; {} if there is none."""
+    path = out / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not summary.get("complete"):
+        return {}
+    print(f"The run in {out} is complete, all {summary['step']} steps; nothing was done. For a longer one, start anew "
+          f"with more --steps and another --out.")
     return summary
 
 
 def load_policy(config: TrainConfig, adapter: str | Path | None = None) -> Policy:
     r"""Load a training config's model with new adapters, or with those in the folder `adapter`.
 
-    Raises `ModelError` if one cannot be loaded, `ConfigError` if the frames do not fit the model.
+    Raises `ModelError` if one cannot be loaded or computes other log-probs with a shared prefix than by its own
+    forward, `ConfigError` if the frames do not fit the model.
     """
     model = resolve(config.model)
     policy = Policy.load(
@@ -98,18 +113,35 @@ def load_policy(config: TrainConfig, adapter: str | Path | None = None) -> Polic
         near = max(1, round(config.frame_size / block)) * block
         raise ConfigError(f"frame_size is {config.frame_size}, but {config.model} divides frames into blocks of "
                           f"{block} pixels: give a multiple such as {near}")
+    check_shared_prefix(policy)
     return policy
 
 
-def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
+def policy_config(options: Any, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
+    r"""Load the config that applies to `options.adapter`, or to the base model, changed by options and overrides.
+
+    options: has `config`, `adapter`, `model` and `device`, each None if not given. A reward that the config names is
+    not loaded. Raises `ConfigError`.
+    """
+    file = options.config
+    if file is None and options.adapter is not None:
+        adapter = Path(options.adapter).resolve()
+        above = [folder / "config.yaml" for folder in [adapter, *adapter.parents][:4]]
+        file = next((path for path in above if path.is_file()), None)
+    given = {name: getattr(options, name) for name in ("model", "device") if getattr(options, name) is not None}
+    return load_config(file, given | dict(overrides or {}))
+
+
+def check_folder(config: TrainConfig, out: Path, resume: bool, scoring: OwnReward | None = None) -> None:
     r"""Refuse a folder that holds a run, unless it is the one to be resumed, or that cannot be written."""
     taken = [name for name in ("config.yaml", "metrics.jsonl", "summary.json", "checkpoints") if (out / name).exists()]
     if taken and not resume:
         raise ConfigError(f"{out} already holds a run ({', '.join(taken)}): continue it with --resume {out}, or give "
                           f"another --out")
+    check_same_reward(scoring, config.reward, out)
     if (out / "config.yaml").exists():
         saved = load_config(out / "config.yaml")
-        names = [field.name for field in fields(TrainConfig) if field.name != "out"]
+        names = [field.name for field in fields(TrainConfig) if field.name not in ("out", "reward")]
         changed = [name for name in names if getattr(config, name) != getattr(saved, name)]
         if changed:
             values = ", ".join(f"{n} was {getattr(saved, n)!r}, now {getattr(config, n)!r}" for n in changed[:3])
@@ -126,8 +158,8 @@ class Run:
     r"""A trainer in its folder: metrics, checkpoints, answers, adapter and summary. The main process writes."""
 
     def __init__(self, config: TrainConfig, trainer: Trainer, evaluations: Mapping[str, Sequence[Record]],
-                 progress: bool):
-        self.config, self.trainer, self.out = config, trainer, Path(config.out)
+                 progress: bool, scoring: OwnReward | None = None):
+        self.config, self.trainer, self.out, self.scoring = config, trainer, Path(config.out), scoring
         self.evaluations = {name: limited(records, config.eval_limit) for name, records in evaluations.items()}
         self.main = trainer.world.is_main_process
         self.progress = progress and self.main
@@ -141,6 +173,8 @@ class Run:
     def run(self) -> bool:
         r"""Make the steps that are left, with a final checkpoint and adapter. Return whether Ctrl-C stopped them."""
         trainer, config = self.trainer, self.config
+        if self.scoring is not None:
+            self.scoring.failed = 0  # those of the evaluation before are in its rows
         with stop_request() as stop, tqdm(total=config.steps, initial=trainer.steps, desc=config.method,
                                           **({} if self.progress else {"disable": True})) as bar:
             while not (trainer.done or any(gather(stop.is_set()))):
@@ -159,6 +193,8 @@ class Run:
             return stop.is_set() and not trainer.done
 
     def _record(self, line: dict) -> None:
+        if self.scoring is not None:  # those of this step
+            line["reward_errors"], self.scoring.failed = sum(gather(self.scoring.failed)), 0
         for phase, seconds in line["seconds"].items():
             self.spent[phase] += seconds
         line |= {"machine": {"feature_cache_bytes": self.trainer.policy.features.nbytes,
@@ -190,7 +226,7 @@ class Run:
         r"""Answer this process's share of the records; the main process merges the shares into one file."""
         started, world = time.perf_counter(), self.trainer.world
         whole = self.out / "evaluation" / f"{when}_{name}.jsonl"
-        options = {"temperature": temperature, "samples": samples, "label": f"{name} {when}"}
+        options = {"temperature": temperature, "samples": samples, "label": f"{name} {when}", "scoring": self.scoring}
         if world.num_processes > 1 and not gather(whole.exists())[0]:
             part = whole.with_name(f".{whole.stem}_{world.process_index}_of_{world.num_processes}.jsonl")
             with contextlib.suppress(ClipError):  # no readable clip in this share; the main process judges the whole
@@ -213,6 +249,7 @@ class Run:
         r"""Write `config.yaml` and cut the metrics off after the step from which the run continues."""
         def write() -> None:
             remove_unfinished(self.out)
+            save_reward(self.scoring, self.out)
             write_atomically(self.out / "config.yaml", to_yaml(self.config))
             lines = [json.dumps(line) + "\n" for line in read_lines(self.out / "metrics.jsonl")][:self.saved]
             if len(lines) != self.saved:
@@ -290,12 +327,24 @@ class Run:
         return {"complete": complete, "method": config.method, "augment": config.augment, "seed": config.seed,
                 "before": {}, "after": {}, **found,
                 "change": {name: paired_change(before[name], rows) for name, rows in after.items() if name in before},
+                **self._reward_change(),
                 "step": trainer.steps, "rollouts": trainer.rollouts, "updates": trainer.updates,
                 "skipped_clips": trainer.skipped, "skipped_examples": trainer.skips,
                 "seconds": {k: round(v, 2) for k, v in self.spent.items()},
                 "peak_memory_gb": round(peak_memory_gb(), 2), "threads": torch.get_num_threads(),
                 "feature_cache_bytes": trainer.policy.features.nbytes, "versions": versions(),
                 "platform": platform.platform()}
+
+
+    def _reward_change(self) -> dict:
+        r"""Return, for a reward of your own, its paired change and for how many completions in training it failed."""
+        if self.scoring is None:
+            return {}
+        before, after = self.answers["before"], self.answers["after"]
+        lines = read_lines(self.out / "metrics.jsonl")
+        return {"reward_change": {name: paired_change(before[name], rows, "task_reward")
+                                  for name, rows in after.items() if name in before},
+                "reward_errors": sum(line["reward_errors"] for line in lines)}
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import math
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -69,12 +69,13 @@ class Trainer:
 
     With several processes (`accelerate launch`) each trains on whole groups of its own, and gradients are averaged.
     A variant of the augmentation is a subclass that overrides `hinted_prompts`, `hint_shares` or `combine`
-    (lab/variants.py). Raises `ConfigError` if the prompts cannot be shared evenly between processes.
+    (lab/variants.py). scoring: scores a completion; None is `rewards.score`, own_reward.py has rewards of your own.
+    Raises `ConfigError` if the prompts cannot be shared evenly between processes.
     """
 
     variant = "hinted"  # which augmentation this class makes; the config must ask for it
 
-    def __init__(self, config: TrainConfig, records: Sequence[Record], policy: Policy):
+    def __init__(self, config: TrainConfig, records: Sequence[Record], policy: Policy, scoring: Callable | None = None):
         self.world = processes(config.device)
         if config.prompts_per_step % self.world.num_processes:
             raise ConfigError(f"prompts_per_step is {config.prompts_per_step} and there are "
@@ -83,7 +84,7 @@ class Trainer:
         if config.variant != self.variant:
             raise ConfigError(f"the config asks for the augmentation {config.variant!r}, and {type(self).__name__} "
                               f"makes {self.variant!r}: use lab.variants.trainer_class(config)")
-        self.config, self.records, self.policy = config, records, policy
+        self.config, self.records, self.policy, self.scoring = config, records, policy, scoring or score
         self.parameters = self.policy.trainable()
         self.optimizer = make_optimizer(config, self.parameters)
         absolute = config.difficulty_reference == "absolute"
@@ -159,13 +160,15 @@ class Trainer:
     def sample(self, records: Sequence[Record], prompts: Sequence[Prompt], size: int, phase: str) -> list[Group]:
         r"""Sample `size` completions of every prompt (for "dpo" from the reference) and score them by its record."""
         fixed = self.policy.reference() if self.config.method == "dpo" else contextlib.nullcontext()
+        groups, batch = [], self.config.sample_batch or len(prompts)
         with self.timed(phase), fixed:
-            rollout = sample_groups(self.policy, list(prompts), size, self.config.max_new_tokens,
-                                    temperature=self.config.temperature, generator=self.generator)
+            rollouts = [sample_groups(self.policy, list(prompts[at:at + batch]), size, self.config.max_new_tokens,
+                                      temperature=self.config.temperature, generator=self.generator)
+                        for at in range(0, len(prompts), batch)]
         self.rollouts += len(prompts) * size
-        groups = []
-        for b, (record, prompt) in enumerate(zip(records, prompts, strict=True)):
-            scores = [score(record, text, self.config.judge) for text in rollout.texts[b]]
+        places = [(rollout, b) for rollout in rollouts for b in range(len(rollout.texts))]
+        for record, prompt, (rollout, b) in zip(records, prompts, places, strict=True):
+            scores = [self.scoring(record, text, self.config.judge) for text in rollout.texts[b]]
             if not all(math.isfinite(s.total) for s in scores):
                 raise NumericsError(f"the reward of record {record.record_id!r} is not finite: check its answer")
             tokens = [ids[mask].tolist() for ids, mask in zip(rollout.completions.ids[b], rollout.completions.mask[b])]

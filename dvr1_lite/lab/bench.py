@@ -101,18 +101,20 @@ def settings(frames: Sequence[int], group_sizes: Sequence[int], completion_token
     return [Setting(f, g, completion_tokens, count, size) for f, g, count in grid]
 
 
-def build_policy(kind: Kind, seed: int = 0) -> Policy:
+def build_policy(kind: Kind, seed: int = 0, folder: Path | None = None) -> Policy:
     r"""Build a policy of the kind's shape with random weights, new adapters, and the tokenizer of `data/base_model`.
 
-    Tokens that would end a completion are banned, so that every completion has its full length. Raises `ModelError` for
-    hardware or packages that the kind needs and this machine lacks.
+    Tokens that would end a completion are banned, so that every completion has its full length. folder: where the
+    checkpoint is written; none: one that is removed. Raises `ModelError` for hardware or packages that the kind needs
+    and this machine lacks.
     """
     source, (text, vision) = data_folder() / "base_model", SHAPES[kind.model]
     sizes = json.loads((source / "config.json").read_text(encoding="utf-8"))
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": text["mrope_section"]}
     sizes["text_config"] |= text | {"rope_parameters": rope, "max_position_embeddings": 32768, "layer_types": None}
     sizes["vision_config"] |= vision | {"out_hidden_size": text["hidden_size"], "window_size": 112}
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+    kept = contextlib.nullcontext(folder) if folder else tempfile.TemporaryDirectory()
+    with kept as folder, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         Qwen2_5_VLForConditionalGeneration._from_config(
             Qwen2_5_VLConfig(**sizes), dtype=DTYPES[kind.dtype]).save_pretrained(folder)

@@ -20,6 +20,7 @@ from ..errors import ClipError
 from ..evaluation import limited
 from ..files import make_folder, read_lines, writing
 from ..video import Clip, read_clip
+from ..words import completion_in_words
 
 # Paul Tol's "muted" palette, safe for the common kinds of colour blindness.
 METHOD_COLOURS = {
@@ -167,7 +168,7 @@ def sample_answers(config: TrainConfig, records: Sequence[Record], name: str, mo
 
     records: what the evaluation `name` of the run in `config.out` was made on. Of each type the first question with a
     change is taken, whether it improved or not; types without a change are left out. most: how many types, in the
-    order of the records.
+    order of the records. The completions are in words, without tags.
     """
     before, after = ({row["index"]: row for row in read_lines(Path(config.out) / f"evaluation/{when}_{name}.jsonl")
                       if "error" not in row} for when in ("before", "after"))
@@ -180,11 +181,18 @@ def sample_answers(config: TrainConfig, records: Sequence[Record], name: str, mo
         record = records[index]
         with contextlib.suppress(ClipError):
             clip = read_clip(record.clip, config.num_frames, (config.frame_size, config.frame_size))
-            written = {when: rows[index]["completion"] + (" (correct)" if rows[index]["accuracy"] == 1 else
-                       " (incorrect)") for when, rows in (("before", before), ("after", after))}
+            written = {when: _in_words(record, rows[index]) for when, rows in (("before", before), ("after", after))}
             samples.append({"clip": clip, "question": f"{record.question_type}: {prompt_text(record)}",
                             "answer": record.answer_in_words, **written})
     return samples
+
+
+def _in_words(record: Record, row: Mapping) -> str:
+    parts = completion_in_words(row["completion"], record.options)
+    if parts is None:
+        return f"not in the required form (incorrect): {row['completion']}"
+    verdict = "correct" if row["accuracy"] == 1 else "incorrect"
+    return f"{parts[1] or 'no answer'} ({verdict}), reasoning: {parts[0] or 'none'}"
 
 
 def frame_strip(clip: Clip, title: str = "", caption: str = "") -> Figure:

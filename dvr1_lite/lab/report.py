@@ -6,6 +6,7 @@ cent, differences in points. What the intervals mean: `stats.py`; what a verdict
 
 import json
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 from ..config import TrainConfig
 from ..errors import ConfigError
 from ..files import data_folder, make_folder, write_atomically
+from .headline import cell_figure, robust_figure
 from .plotting import METHOD_COLOURS, STYLE, label_ends, save
 from .stats import (
     NOT_TESTED, OPPOSITE, SAME, UNDECIDED, clip_interval, mean_answers, paired_summary, seed_summary, verdict,
@@ -140,6 +142,10 @@ def _difference(claim: tuple[str, str], family: int, rows: Mapping, groups: Mapp
         for split in groups}}
     found["mean"] = paired_summary(list(np.mean(list(gaps.values()), axis=0)), family) | {
         "ci_clips": clip_interval(list(questions.values()))}
+    if all(run["sampled"] for run in (*mine, *theirs)):
+        found["sampled"] = paired_summary([100 * float(np.mean([
+            a["sampled"][split]["accuracy"] - b["sampled"][split]["accuracy"] for split in groups]))
+            for a, b in zip(mine, theirs)], family)
     row, rival = (table[name]["published"] for name in claim)
     if row and rival:
         found["published"] = {split: round(row[split] - rival[split], 1) for split in row}
@@ -173,7 +179,8 @@ def published_rows(experiment: Experiment) -> dict[str | None, dict[str, float]]
 class Claim:
     r"""A claim of the paper and its verdict here. Numbers are points (of accuracy, of the largest reward, of groups),
     above 0 in favour of the claim. command: what tests an untested claim. published: mean of the splits, only its sign
-    is compared. repeats: the table that compares the same two rows."""
+    is compared. repeats: the table that compares the same two rows. sampled: the second primary figure, accuracy at
+    temperature 1, with its corrected interval over seeds."""
 
     paper: str
     text: str
@@ -187,6 +194,7 @@ class Claim:
     published: float | None = None
     condition: str = ""
     repeats: str = ""
+    sampled: Mapping | None = None
 
 
 def scoreboard(results: str | Path) -> list[Claim]:
@@ -216,14 +224,14 @@ def claims_of(experiment: Experiment, found: Mapping | None) -> list[Claim]:
             name, text, verdict(interval, by_clip), effect=scale * cell["mean"], interval=interval, by_clip=by_clip,
             detectable=cell["detectable"] and abs(scale) * cell["detectable"], seeds=cell["n"],
             published=sum(published) / len(published) if published else None, condition=experiment.condition,
-            repeats=_first_table(experiment, pair)))
+            repeats=_first_table(experiment, pair), sampled=None if key else known[pair].get("sampled")))
     return claims
 
 
 def _first_table(experiment: Experiment, pair: tuple[str, str]) -> str:
     r"""Return the title of the paper's first table that compares the same two rows; "" if it is this one or none."""
     def compared(one: Experiment, names: tuple[str, str]) -> tuple:
-        changes = {row.name: {key: value for key, value in row.changes.items() if value != COMMON.get(
+        changes = {row.name: {key: value for key, value in {**one.common, **row.changes}.items() if value != COMMON.get(
             key, getattr(TrainConfig, key, None))} for row in one.rows}
         return *(changes[name] for name in names), one.outcomes.get(names)
 
@@ -240,6 +248,9 @@ def sentence(claim: Claim) -> str:
     parts = [f"{claim.text}: {claim.verdict} ({claim.condition}), {claim.effect:+.1f} points{seeds}"]
     if claim.by_clip:
         parts.append(f"{_interval(claim.by_clip)} by clip")
+    if claim.sampled:
+        parts.append(f"at temperature 1 {claim.sampled['mean']:+.1f} {_interval(claim.sampled['ci_corrected'])}: "
+                     f"{verdict(claim.sampled['ci_corrected'])}")
     if claim.detectable is not None:
         parts.append(f"smallest detectable difference {claim.detectable:.1f}")
     if claim.repeats:
@@ -251,9 +262,9 @@ def sentence(claim: Claim) -> str:
 
 
 def title(name: str) -> str:
-    r"""Return an experiment's name as a heading: "Table 4" for table4, "Hint update" for hint_update."""
-    words = name.rstrip("0123456789").replace("_", " ").capitalize()
-    return f"{words} {name[len(words):]}".strip()
+    r"""Return an experiment's name as a heading: "Table 4" for table4, "Phase F3" for phase_F3."""
+    words = re.sub(r"(?<=[a-z])(?=\d)", " ", name).replace("_", " ")
+    return words[:1].upper() + words[1:]
 
 
 def as_table(found: Mapping) -> str:
@@ -282,7 +293,8 @@ def claims_frame(claims: Sequence[Claim]) -> pd.DataFrame:
     return pd.DataFrame([{
         "paper": c.paper, "claim": c.text, "verdict": c.verdict + (f" (as in {c.repeats})" if c.repeats else ""),
         "difference": "-" if c.effect is None else f"{c.effect:+.1f}", "over seeds, corrected": _interval(c.interval),
-        "by clip": _interval(c.by_clip), "detectable": "-" if c.detectable is None else f"{c.detectable:.1f}",
+        "by clip": _interval(c.by_clip), "at temperature 1": f"{c.sampled['mean']:+.1f} "
+        f"{_interval(c.sampled['ci_corrected'])}" if c.sampled else "-", "detectable": "-" if c.detectable is None else f"{c.detectable:.1f}",
         "seeds": c.seeds or "-", "published": "none" if c.published is None else f"{c.published:+.1f}"[0],
         "condition": c.condition or "-"} for c in claims])
 
@@ -304,7 +316,7 @@ def report(names: Sequence[str], out: str | Path) -> list[Path]:
     r"""Aggregate recorded runs anew, write each experiment's tables and figures, and return the figures' paths.
 
     names: experiments; none for all that have an aggregate in the results folder `out`, and the paper's claims
-    (`claims.md`, `claims.png`). Nothing is trained: the runs are those that aggregate.json names. Curves are drawn for
+    (`claims.md`, `claims.png`) and the headline figures. Nothing is trained: the runs are those that aggregate.json names. Curves are drawn for
     experiments with claims about them. Raises `ConfigError` if an experiment has no recorded runs.
     """
     results, figures = Path(out), {}
@@ -326,6 +338,10 @@ def report(names: Sequence[str], out: str | Path) -> list[Path]:
         head = "## The paper's claims\n\nIn points, above 0 in favour of the claim; 95 %; see PROTOCOL.md.\n\n"
         write_atomically(results / "claims.md", head + markdown(claims_frame(board)))
         figures[results / "claims.png"] = claims_figure(board, "The paper's claims, tested here")
+        if any(name.startswith("phase") for name in chosen):
+            figures[results / "when_hints_help.png"] = cell_figure(results)
+        if "robust" in chosen:
+            figures[results / "when_reg_grpo_differs.png"] = robust_figure(results)
     for path, figure in figures.items():
         save(figure, path)
     return list(figures)
@@ -364,7 +380,9 @@ def claims_figure(claims: Sequence[Claim], heading: str = "") -> Figure:
     r"""Draw the difference of every tested claim, each comparison once, with its verdict: thick, the corrected interval
     over seeds; thin, by clip. Right of 0: the sign that the paper reports."""
     drawn = [c for c in claims if c.effect is not None and not (c.repeats and c.repeats in {d.paper for d in claims})]
-    reach = min(40, 1.1 * max((abs(end) for c in drawn for end in (*(c.interval or ()), c.effect)), default=0)) or 1
+    ends = [abs(end) for c in drawn for end in (*(c.interval or ()), c.effect)]
+    limit = 36 if all(abs(c.effect) <= 36 for c in drawn) else 100  # intervals of few seeds may be wider
+    reach = 1.1 * min(limit, max(ends, default=0)) or 1
     several, papers = len({c.paper for c in drawn}) > 1, defaultdict(dict)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(9.5, 0.3 * len(drawn) + 1.8))

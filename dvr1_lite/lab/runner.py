@@ -29,7 +29,9 @@ from ..config import WITHDRAWN, TrainConfig, make_config, to_yaml
 from ..errors import ConfigError, UserError
 from ..evaluation import summarise
 from ..files import data_folder, make_folder, read_lines, resolve, write_atomically
-from .tables import Experiment, Settings, dump, find_experiments, pack, read_runs, row_config, weight_of
+from .tables import (
+    Experiment, Settings, dump, find_experiments, pack, read_runs, row_config, tuned_as, weight_of,
+)
 
 SAMPLED_LIMIT = 600  # questions of each file answered at temperature 1 besides all of them greedily
 POINTS = 30  # of a recorded curve
@@ -76,7 +78,7 @@ def plan(experiment: Experiment, seeds: int | None = None, settings: Settings | 
     Raises `ConfigError` if the rows do not have the same number of what the experiment holds equal.
     """
     count = seeds or (1 if quick else experiment.seeds)
-    limit = 0 if quick or experiment.name == "tune" else SAMPLED_LIMIT
+    limit = 0 if quick or experiment.name.startswith("tune") else SAMPLED_LIMIT
     runs = [Run(experiment.name, row.name, seed, row_config(experiment, row, seed, settings or {}, quick), limit)
             for seed in range(experiment.first_seed, experiment.first_seed + count) for row in experiment.rows]
     first = runs[0].config
@@ -102,18 +104,26 @@ def read_settings(results: Path) -> Settings:
 
 
 def choose_settings(recorded: Sequence[Mapping]) -> dict[str, dict]:
-    r"""Choose each method's setting: the highest mean accuracy on the tuning split; of equals the smaller learning
-    rate, then the larger KL weight. Returns method -> `chosen` and the whole `grid`; accuracies in [0, 1]."""
+    r"""Choose the setting of each method, and of each method with a variant of the augmentation (`tuned_as`): the
+    highest mean accuracy on the tuning split; of equals the smaller learning rate, then the larger KL weight or the
+    smaller amounts. Returns name -> `chosen` and the whole `grid`; accuracies in [0, 1]."""
     found = defaultdict(lambda: defaultdict(list))
     for run in recorded:
-        setting = (run["config"]["learning_rate"], run["config"][weight_of(run["method"])])
-        found[run["method"]][setting].append(run["accuracy"]["tune"]["accuracy"])
+        config, weight = run["config"], weight_of(run["method"])
+        fields = ("learning_rate", weight) if config["augment"] == "none" else (
+            "learning_rate", "hint_max", "noise_scale")
+        found[tuned_as(config)][tuple((field, config[field]) for field in fields)].append(
+            run["accuracy"]["tune"]["accuracy"])
     chosen = {}
-    for method, grid in found.items():
-        mean = {setting: sum(values) / len(values) for setting, values in sorted(grid.items())}
-        named = {setting: dict(zip(("learning_rate", weight_of(method)), setting)) for setting in mean}
-        chosen[method] = {"chosen": named[min(mean, key=lambda s: (-mean[s], s[0], -s[1]))], "grid": [
-            named[s] | {"accuracy": round(mean[s], 5), "seeds": len(grid[s])} for s in mean]}
+    for name, grid in found.items():
+        mean = {setting: sum(values) / len(values) for setting, values in grid.items()}
+
+        def order(setting: tuple) -> tuple:  # the best first
+            return -mean[setting], *(-value if field in ("beta", "dpo_beta") else value for field, value in setting)
+
+        ranked = sorted(mean, key=order)
+        chosen[name] = {"chosen": dict(ranked[0]), "grid": [
+            dict(s) | {"accuracy": round(mean[s], 5), "seeds": len(grid[s])} for s in ranked]}
     return chosen
 
 
@@ -263,9 +273,12 @@ def reproduce(name: str, out: str | Path, seeds: int | None = None, jobs: int = 
         prints = fingerprints(runs[0].config)
         found = {run.row: recorded_seeds(run, prints, recorded) for run in runs[:len(one.rows)]}  # of any seed
         used[one.name] = {row: files for row, files in found.items() if files}
-    if used.get("tune"):
-        chosen = choose_settings([recorded[file] for files in used["tune"].values() for file in files.values()])
-        write_atomically(results / "tuning.json", json.dumps(chosen, indent=1) + "\n")
+    tuning = [recorded[file] for one, _ in plans if one.name.startswith("tune")
+              for files in used.get(one.name, {}).values() for file in files.values()]
+    if tuning:
+        path = results / "tuning.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        write_atomically(path, json.dumps(known | choose_settings(tuning), indent=1) + "\n")
     return Outcome(results, used, failed)
 
 

@@ -15,18 +15,19 @@ from ..config import TrainConfig, make_config
 from ..errors import ConfigError
 from ..objectives import METHODS
 
-HINTED = "deficit in the opening of the trace"
-STEPS, PROMPTS, GROUP = 150, 8, 8
+STEPS, PROMPTS, GROUP = 75, 8, 8
 ROLLOUTS = STEPS * PROMPTS * GROUP  # completions a run, traces for hints and second samplings included
+TUNE_ON = {"eval_files": ["tune=data/toyvideoqa/tune.jsonl"], "eval_limit": 0}
 TUNE_SEED = 1000  # first seed of the tuning runs; no reported run has it
 FAIR_ABSOLUTE = 0.7  # the base model's mean reward; at 0.5, the reward of a well-formed incorrect answer, none is hard
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
-KL_WEIGHTS = (0.001, 0.01, 0.1, 1.0)  # the gradients beside the KL term differ 400-fold between methods
+KL_WEIGHTS = (0.01, 0.1, 1.0)  # the gradients beside the KL term differ 400-fold between methods
+AMOUNTS = ((0.3, 0.4), (0.6, 1.5), (1.0, 3.0))  # longest hint and noise scale of the augmented rows' grid
 COMMON = {"steps": STEPS, "rollout_budget": ROLLOUTS, "prompts_per_step": PROMPTS, "group_size": GROUP,
-          "learning_rate": 1e-3,  # for a method that is not in tuning.json
-          "augment": "none", "figures": False, "save_every": 50, "keep_checkpoints": 1}
+          "learning_rate": 3e-4,  # for a method that is not in tuning.json
+          "augment": "none", "eval_limit": 600, "figures": False, "save_every": 50, "keep_checkpoints": 1}
 QUICK = {"steps": 6, "rollout_budget": 6 * PROMPTS * GROUP, "eval_limit": 60}
-Settings = Mapping[str, Mapping[str, float]]  # method -> its tuned config fields
+Settings = Mapping[str, Mapping[str, float]]  # `tuned_as` of a row -> its tuned config fields
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Experiment:
     published: str | None = None
     outcomes: Mapping[tuple[str, str], tuple[str, int]] = field(default_factory=dict)
     common: Mapping[str, Any] = field(default_factory=dict)
-    condition: str = "tiny model, ToyVideoQA"
+    condition: str = "tiny model, ToyVideoQA 2"
 
 
 def _row(name: str, published: str | None = None, **changes) -> Row:
@@ -69,8 +70,8 @@ def _reg_da(name: str, published: str | None = None, **changes) -> Row:
     return _row(name, published, **{"method": "reg-grpo", "augment": "both"} | changes)
 
 
-def _against(row: str, *rivals: str) -> tuple[tuple[str, str], ...]:
-    return tuple((row, rival) for rival in rivals)
+def _against(row: str, *rivals: str, swap: bool = False) -> tuple[tuple[str, str], ...]:
+    return tuple((rival, row) if swap else (row, rival) for rival in rivals)
 
 
 def _unlimited(row: Row) -> Row:
@@ -107,13 +108,13 @@ RIVALS = (*(_row(name, name, method=name.lower().replace(" ", "-")) for name in 
 
 PAPER = (
     Experiment("table4", "Do the regression and the augmentation each help, and together?", TABLE4, TABLE4_CLAIMS, 10,
-               published="table_4_ablation", condition=HINTED),
+               published="table_4_ablation"),
     Experiment("table5", "Is Reg-GRPO better than each other objective?", (*RIVALS, REG),
                _against("Reg-GRPO", *(row.name for row in RIVALS)), 10, published="table_5_rl_methods"),
     Experiment("table6", "Is difficulty better measured against recent rewards than against a fixed one?",
                (_reg_da("absolute", "Absolute", difficulty_reference="absolute", absolute_reward=FAIR_ABSOLUTE),
                 _reg_da("relative", "Relative")),
-               _against("relative", "absolute"), published="table_6_difficulty_reference", condition=HINTED),
+               _against("relative", "absolute"), published="table_6_difficulty_reference"),
     Experiment("table7", "Does each direction of the augmentation help, and both more than one?",
                (_reg_da("none", "none", augment="none"),
                 _reg_da("increasing only", "increasing only", augment="easy"),
@@ -121,28 +122,63 @@ PAPER = (
                 _reg_da("increasing + decreasing", "increasing + decreasing")),
                (*_against("increasing + decreasing", "none", "increasing only", "decreasing only"),
                 ("increasing only", "none"), ("decreasing only", "none")),
-               published="table_7_augmentation_types", condition=HINTED),
+               published="table_7_augmentation_types"),
     Experiment("table8", "Does the amount have to grow with the difficulty?",
                (_reg_da("none", "No Aug.", augment="none"), _reg_da("fixed", "Fixed", augment_scale="fixed"),
                 _reg_da("adaptive", "Adaptive")),
                (("adaptive", "fixed"), ("adaptive", "none"), ("fixed", "none")),
-               published="table_8_augmentation_scale", condition=HINTED),
+               published="table_8_augmentation_scale"),
     Experiment("figure3", "Does the augmentation lower the share of vanishing groups, and is the reward higher?",
                tuple(map(_unlimited, (GRPO, GRPO_DA, REG_DA))),
-               (("GRPO + DA", "GRPO"), ("Reg-GRPO + DA", "GRPO")), equal="updates", condition=HINTED,
+               (("GRPO + DA", "GRPO"), ("Reg-GRPO + DA", "GRPO")), equal="updates",
                outcomes={("GRPO + DA", "GRPO"): ("vanishing_after", -1),
                          ("Reg-GRPO + DA", "GRPO"): ("reward_normalised", 1)}),
 )
 
 # --- beyond the paper ------------------------------------------------------------------------------------------------
 
+CELL_SUCCESS = {"F2": "1 %", "F3": "0.1 %", "F4": "0.01 %", "A2": "1 %", "A3": "0.1 %"}
+VARIANTS = {"plain": {"augment": "none"}, "resampled": {"augment": "resample"}, "hinted": {"augment": "both"},
+            "only vanished": {"augment": "both", "hint_update": "only-vanished"},
+            "kept": {"augment": "both", "hint_update": "kept"}, "mixed": {"augment": "both", "hint_update": "mixed"}}
+
+
+def _phase(cell: str) -> Experiment:
+    r"""Compare the variants of the augmentation where all questions have one success rate and one kind of deficit."""
+    where = "deficit along the chain" if cell[0] == "F" else "deficit in the opening"
+    rows = tuple(Row(name, {"method": "grpo"} | changes) for name, changes in VARIANTS.items())
+    return Experiment(
+        f"phase_{cell}", f"Which variant helps in cell {cell}?", rows, _against("plain", *list(VARIANTS)[1:], swap=True),
+        common={"train_file": f"data/toyvideoqa/train_{cell}.jsonl", "beta": 0.1, "learning_rate": 3e-4,
+                "eval_files": [f"cell=data/toyvideoqa/test_{cell}.jsonl"], "difficulty_reference": "absolute",
+                "absolute_reward": 1.0, "hint_max": 0.6, "noise_scale": 0.4},
+        condition=f"tiny model, chain types with {where}, plain success {CELL_SUCCESS[cell]}")
+
+
+PHASE = tuple(map(_phase, CELL_SUCCESS))
+
+ROBUST = {"GRPO": {"method": "grpo"}, "GRPO, clip 0.2": {"method": "grpo", "clip_eps": 0.2},
+          "GRPO, normalised gradient": {"method": "grpo", "max_grad_norm": 0.02},
+          "GSPO": {"method": "grpo", "ratio_level": "sequence", "clip_eps": 0.2},
+          "Reg-GRPO, eps 0.1": {"method": "reg-grpo"}, "Reg-GRPO, eps 0.01": {"method": "reg-grpo", "predicted_eps": 0.01},
+          "Centred regression": {"method": "centred-regression"}}
 BEYOND = (
-    Experiment("updates", "What does the augmentation bring at equal updates, where its rollouts are free?",
-               tuple(map(_unlimited, TABLE4)), TABLE4_CLAIMS, equal="updates", condition=HINTED),
-    Experiment("control", "Does the augmentation beat sampling the same groups again, unchanged?",
-               (GRPO_DA, _row("GRPO + resampling", method="grpo", augment="resample"), REG_DA,
-                _row("Reg-GRPO + resampling", method="reg-grpo", augment="resample")),
-               (("GRPO + DA", "GRPO + resampling"), ("Reg-GRPO + DA", "Reg-GRPO + resampling")), condition=HINTED),
+    Experiment("variants", "Which variant of the augmentation helps where all types of question are mixed?",
+               tuple(Row(f"{shown}, {name}", {"method": method} | changes)
+                     for method, shown in (("grpo", "GRPO"), ("reg-grpo", "Reg-GRPO"))
+                     for name, changes in VARIANTS.items()),
+               tuple((f"{shown}, {name}", f"{shown}, plain") for shown in ("GRPO", "Reg-GRPO")
+                     for name in list(VARIANTS)[1:])),
+    Experiment("robust", "When does Reg-GRPO differ from GRPO: inner updates x learning rate x method",
+               tuple(Row(f"{name}; {inner} updates; learning rate {rate:g}",
+                         changes | {"inner_updates": inner, "learning_rate": rate})
+                     for inner in (1, 4, 16) for rate in (3e-4, 1e-3, 3e-3) for name, changes in ROBUST.items()),
+               (), 3),
+)
+
+# --- student projects: declared for notebook 05, not part of the protocol ---------------------------------------------
+
+PROJECTS = (
     Experiment("centred", "Does the regression profit from a trust region?",
                (REG, _row("Centred regression", method="centred-regression"), GRPO),
                (("Centred regression", "Reg-GRPO"), ("Centred regression", "GRPO"))),
@@ -169,13 +205,7 @@ BEYOND = (
                (*(_reg_da(f"at most {share}", augment="hard", hint_max=share) for share in (0.3, 0.6, 1.0)),
                 _reg_da("fixed, 0.32", augment="hard", augment_scale="fixed"),
                 _reg_da("probed", augment="hard", hint_probe=True)),
-               _against("at most 0.6", "at most 0.3", "at most 1.0", "fixed, 0.32", "probed"), condition=HINTED),
-    Experiment("hint_update", "What should a hinted group be trained on?",
-               (_reg_da("hinted prompt", augment="hard"),
-                _reg_da("prompt without the hint", augment="hard", hint_update="unhinted"),
-                _reg_da("successes mixed into the own group", augment="hard", hint_update="mixed")),
-               _against("hinted prompt", "prompt without the hint", "successes mixed into the own group"),
-               condition=HINTED),
+               _against("at most 0.6", "at most 0.3", "at most 1.0", "fixed, 0.32", "probed")),
     _several("std", "Does the convention of the standard deviation matter?", "advantage_std",
              ("population", "sample", "none"), "population", ("reg-grpo", "grpo")),
     _several("reduction", "Sum or mean of the log-probs over tokens?", "logp_reduction", ("sum", "mean"), "sum"),
@@ -189,18 +219,35 @@ def weight_of(method: str) -> str:
     return "dpo_beta" if method in ("dpo", "online-dpo") else "beta"
 
 
-TUNE = Experiment(
-    "tune", "Which learning rate and KL weight does each method get?",
-    tuple(Row(f"{method}, {weight_of(method)} {weight:g}, learning rate {rate:g}",
-              {"method": method, "learning_rate": rate, weight_of(method): weight})
-          for method in METHODS for weight in KL_WEIGHTS for rate in LEARNING_RATES), (), 1, TUNE_SEED,
-    common={"eval_files": ["tune=data/toyvideoqa/tune.jsonl"], "steps": STEPS // 2, "rollout_budget": ROLLOUTS // 2})
-EXPERIMENTS = {experiment.name: experiment for experiment in (*PAPER, *BEYOND, TUNE)}
-GROUPS = {"all": tuple(e.name for e in PAPER), "ablations": tuple(e.name for e in BEYOND)}
+def tuned_as(config: Mapping[str, Any]) -> str:
+    r"""Name the tuned setting that a row takes: its method's, or for augmented rows that of method and variant."""
+    if config.get("augment", "none") in ("none", "resample"):
+        return config["method"]
+    return f"{config['method']}, {'mixed' if config.get('hint_update') == 'mixed' else 'hinted'}"
+
+
+def _tune(name: str, methods: Iterable[str]) -> Experiment:
+    rows = tuple(Row(f"{method}, {weight_of(method)} {weight:g}, learning rate {rate:g}",
+                     {"method": method, "learning_rate": rate, weight_of(method): weight})
+                 for method in methods for weight in KL_WEIGHTS for rate in LEARNING_RATES)
+    return Experiment(name, "Which learning rate and KL weight does each method get?", rows, (), 1, TUNE_SEED, common=TUNE_ON)
+
+
+TUNING = (
+    _tune("tune", ("grpo", "reg-grpo")),
+    Experiment("tune_augmented", "Which learning rate and amounts does each augmented row get?", tuple(
+        Row(f"{method}, {variant}, hints to {hint:g}, noise {noise:g}, learning rate {rate:g}",
+            {"method": method, "learning_rate": rate, "hint_max": hint, "noise_scale": noise} | VARIANTS[variant])
+        for variant in ("hinted", "mixed") for method in ("grpo", "reg-grpo") for hint, noise in AMOUNTS
+        for rate in LEARNING_RATES), (), 1, TUNE_SEED, common=TUNE_ON),
+    _tune("tune_rivals", (method for method in METHODS if method not in ("grpo", "reg-grpo"))))
+EXPERIMENTS = {experiment.name: experiment for experiment in (*PAPER, *PHASE, *BEYOND, *PROJECTS, *TUNING)}
+GROUPS = {"all": tuple(e.name for e in PAPER), "phase": tuple(e.name for e in PHASE),
+          "projects": tuple(e.name for e in PROJECTS)}
 
 
 def find_experiments(name: str) -> list[Experiment]:
-    r"""Return the experiment of that name, or those of `all` or `ablations`. Raises `ConfigError` with the names."""
+    r"""Return the experiment of that name, or those of `all`, `phase` or `projects`. Raises `ConfigError` with the names."""
     if name not in EXPERIMENTS and name not in GROUPS:
         raise ConfigError(f"no experiment is called {name!r}: use one of {', '.join([*EXPERIMENTS, *GROUPS])}")
     return [EXPERIMENTS[one] for one in GROUPS.get(name, (name,))]
@@ -208,10 +255,11 @@ def find_experiments(name: str) -> list[Experiment]:
 
 def row_config(experiment: Experiment, row: Row, seed: int, settings: Settings, quick: bool = False,
                extra: Mapping[str, Any] | None = None) -> TrainConfig:
-    r"""Return a run's config: the common one, changed by the tuned settings of the row's method, then by the row, then
-    by `quick` and `extra`. A row without a budget keeps none; `quick` then limits its steps alone."""
+    r"""Return a run's config: the common one, changed by the row's tuned settings, by the experiment's own, by the row,
+    then by `quick` and `extra`. A row without a budget keeps none; `quick` then limits its steps alone."""
     changes = {key: value(settings) if callable(value) else value for key, value in row.changes.items()}
-    values = COMMON | dict(experiment.common) | dict(settings.get(changes["method"], {})) | changes
+    tuned = {**settings.get(changes["method"], {}), **settings.get(tuned_as(changes), {})}
+    values = COMMON | tuned | dict(experiment.common) | changes
     if quick:
         values |= QUICK if values["rollout_budget"] else QUICK | {"rollout_budget": None}
     return make_config(values | dict(extra or {}) | {"seed": seed, "out": "runs/reproduce"})

@@ -4,7 +4,9 @@ their clip, and how much smaller the frames get. One clip is open at a time, and
 
 import contextlib
 import os
-from collections import Counter
+import re
+import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +14,27 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from ..config import TrainConfig
 from ..data import Record, prompt_text
 from ..decoding import probe_clip
 from ..errors import ClipError, RecordError
+from ..files import resolve
+from ..loading import load_tokenizer, unknown_words
 from ..video import Clip, read_clip, read_image
+from ..words import plural, ranges
 
 ROUNDING = 0.05  # seconds; annotations are rounded to a tenth of a second
+LONG_ANSWER = 8  # words; hardly any model writes an equal text of more
+REWARDS = {  # what a correct answer earns besides 1 for the format, by problem type (judges.py)
+    "multiple choice": "1 for the letter of the correct option",
+    "exact": "1 for a text that equals the answer, but for case, white space and underscores",
+    "numerical": "1 for a number that equals the answer to two decimals",
+    "OCR": "1 - the word error rate",
+    "free-form": "the mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L",
+    "regression": "1 - the relative error of the number",
+    "grounding": "1 for the answer and the IoU of the first time span, at most 2 together",
+}
+WHY = {"multiple choice": "they have options", "exact": "they have no options"}  # for rows that name no problem type
 
 
 class Media(NamedTuple):
@@ -100,7 +117,8 @@ def _open_media(path: Path, is_clip: bool, num_frames: int, frame_size: int, dec
 def format_report(report: Report, examples: int = 10) -> str:
     r"""Return the report as text: counts, the five most frequent sizes, then each kind of problem with its first
     `examples` cases."""
-    lines = [f"{len(report.records)} records, {len(report.media)} readable clips and pictures"]
+    lines = [f"{plural(len(report.records), 'record')}, {len(report.media)} readable "
+             f"{'clip or picture' if len(report.media) == 1 else 'clips and pictures'}"]
     for kind in ("problem_type", "question_type"):
         counts = Counter(getattr(record, kind) for record in report.records)
         lines += [f"  {kind.replace('_', ' ')} {name}: {count}" for name, count in sorted(counts.items())]
@@ -113,14 +131,74 @@ def format_report(report: Report, examples: int = 10) -> str:
         low, high, count = min(lengths), max(lengths), report.num_frames
         lines.append(f"  clips of {low:.1f} to {high:.1f} s: {count} frames are one every {low / count:.1f} to "
                      f"{high / count:.1f} s")
+    lines += reward_lines(report.records) if report.records else []
     problems = {"unreadable records": report.record_errors, "missing files": report.missing,
                 "undecodable files": report.undecodable, "spans without a second in their clip": report.span_errors,
                 "spans that reach out of their clip (kept as annotated)": report.spans_outside}
     for title, found in problems.items():
         lines.append(f"{title}: {len(found)}")
+        found = _joined(found)
         lines += [f"  {name}: {message}" if name else f"  {message}" for name, message in found[:examples]]
         lines += [f"  and {len(found) - examples} more"] * (len(found) > examples)
+        if title == "unreadable records" and found:
+            lines.append("  your own clips need the fields video, question, answer and, for answers to choose from, "
+                         "options; no others")
     return "\n".join(lines)
+
+
+def reward_lines(records: Sequence[Record]) -> list[str]:
+    r"""Say which built-in reward the records get, why, and which of them it hardly fits."""
+    by_type, lines = defaultdict(list), ["built-in rewards, besides 1 for the format (a malformed completion earns 0):"]
+    for record in records:
+        by_type[record.problem_type].append(record)
+    for kind, found in sorted(by_type.items()):
+        chosen = all(record.question_type == kind and not record.source for record in found)  # the row names no type
+        why = WHY[kind] if chosen and kind in WHY else "problem_type in the file says so"
+        lines.append(f"  {kind} ({_named(found)}; {why}): {REWARDS[kind]}")
+        long = [record for record in found if len(record.answer.split()) > LONG_ANSWER]
+        if kind == "exact" and long:
+            lines.append(f"    {plural(len(long), 'answer')} of more than {LONG_ANSWER} words ({_named(long)}), which "
+                         f"hardly any completion will equal: give options, or a reward of your own (--reward)")
+    return lines
+
+
+def _named(records: Sequence[Record]) -> str:
+    r"""Return how many records these are, and their lines or, without line numbers, the first one's name."""
+    numbers = [int(match[1]) for record in records if (match := re.search(r", line (\d+)$", record.record_id))]
+    place = f"lines {ranges(numbers)}" if len(numbers) == len(records) else f"the first is {records[0].record_id}"
+    return f"{plural(len(records), 'record')}, {place if len(place) <= 80 else place[:77] + '...'}"
+
+
+def _joined(problems: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    r"""Join messages that differ in their line alone: "a.jsonl, lines 2-4, field 'answer': is missing; add it"."""
+    lines = defaultdict(list)
+    for name, message in problems:
+        match = re.match(r"(.*?, line )(\d+)((?:, field|: ).*)", f"{name}: {message}" if name else message, re.DOTALL)
+        lines[(match[1], match[3]) if match else (name, message)].append(int(match[2]) if match else 0)
+    return [(name, rest) if numbers[0] == 0 else ("", f"{name[:-1]}{'s' * (len(numbers) > 1)} {ranges(numbers)}{rest}")
+            for (name, rest), numbers in lines.items()]
+
+
+def print_notes(records: Sequence[Record], config: TrainConfig, tokenizer=None) -> None:
+    r"""Print to stderr what of these records the model cannot know or see well; nothing if all is well."""
+    model, side, count = resolve(config.model), config.frame_size, config.num_frames
+    tokenizer = tokenizer or load_tokenizer(model if model.exists() else config.model, config.local_files_only)
+    words = unknown_words(tokenizer, *{prompt_text(record) for record in records})
+    if words:
+        more = f" and {plural(len(words) - 8, 'more word')}" if len(words) > 8 else ""
+        print(f"note: the model has never seen {', '.join(words[:8])}{more}; do not expect much of its answers",
+              file=sys.stderr)
+    clips = list(dict.fromkeys(record.clip for record in records if record.clip))
+    for clip in clips[::-(-len(clips) // 10) or 1]:  # ten of them, evenly drawn
+        try:
+            probe = probe_clip(clip)
+        except ClipError:
+            continue  # named where it is read
+        if probe.width * probe.height > 4 * side**2 or probe.duration > 4 * count:
+            print(f"note: {clip} ({probe.width} x {probe.height} pixels, {probe.duration:.1f} s) is shown to the model "
+                  f"as {count} frames of {side} x {side}; small or short things may not be visible (a model can be "
+                  f"trained for more with train --num-frames and --frame-size)", file=sys.stderr)
+            return
 
 
 def examples(records: Sequence[Record], num_frames: int, frame_size: int = 252, count: int = 3

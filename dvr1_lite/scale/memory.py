@@ -13,8 +13,10 @@ Differs from the paper: it names its GPUs (A100, H200) and no memory.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,9 +24,10 @@ import torch
 import transformers
 
 from ..config import CONFIGS, TrainConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError
+from ..families import FAMILIES
 from ..files import resolve
-from ..loading import DTYPES, FAMILIES, load_architecture
+from ..loading import DTYPES, check_hardware, load_architecture
 from ..policy import LOGIT_CHUNK
 
 GB = 2**30
@@ -40,7 +43,8 @@ class Architecture:
 
     linears: (out, in) of the matrices q, k, v, o, gate, up, down of one language layer, which are quantized and
     adapted; matrices: their parameters in all layers. language_rest (norms and biases), embeddings, head (0 where it is
-    tied to the embeddings) and vision are parameter counts.
+    tied to the embeddings) and vision are parameter counts. head_norms: width of the queries and keys that are
+    normalised head by head, 0 where they are not. words_per_grid: text tokens of a video for each grid time.
     """
 
     layers: int
@@ -58,6 +62,8 @@ class Architecture:
     patch: int
     merge: int
     temporal: int
+    head_norms: int = 0
+    words_per_grid: int = 0
 
 
 def known_models() -> dict[str, dict]:
@@ -83,8 +89,9 @@ def architecture_of(model: str | Path) -> Architecture:
             tie_word_embeddings=facts["text"]["tie_word_embeddings"])
     else:
         config = load_architecture(folder if folder.is_dir() else model)
+    family = FAMILIES[config.model_type]
     with torch.device("meta"):
-        built = getattr(transformers, FAMILIES[config.model_type])(config)
+        built = getattr(transformers, family.model_class)(config)
     language, text, vision = built.model.language_model, config.text_config, config.vision_config
     layer, head, embeddings = language.layers[0], built.lm_head.weight, language.embed_tokens.weight
     linears = tuple(tuple(getattr(part, f"{name}_proj").weight.shape) for part, names in
@@ -97,7 +104,9 @@ def architecture_of(model: str | Path) -> Architecture:
         language_rest=language.num_parameters() - matrices - embeddings.numel(), embeddings=embeddings.numel(),
         head=0 if head is embeddings else head.numel(), vision=built.model.visual.num_parameters(), vision_hidden=wide,
         vision_inner=getattr(vision, "intermediate_size", None) or int(wide * vision.mlp_ratio),
-        patch=vision.patch_size, merge=vision.spatial_merge_size, temporal=vision.temporal_patch_size)
+        patch=vision.patch_size, merge=vision.spatial_merge_size, temporal=vision.temporal_patch_size,
+        head_norms=linears[0][0] + linears[1][0] if hasattr(layer.self_attn, "q_norm") else 0,
+        words_per_grid=family.words_per_grid)
 
 
 def nf4_bytes(count: int) -> int:
@@ -149,7 +158,7 @@ class Sizes:
 
         | what is kept, for which gradient | bytes a token |
         | --- | --- |
-        | input of both norms, float32 | 2 x 4H |
+        | input of both norms, and of those of queries and keys (Qwen3), float32 | 2 x 4H, and 4(Q + K) |
         | input of q, k, v, and of gate, up, for their A (cast to a bytes, a copy each, where a > s) | 5aH, or 2aH |
         | gate's output, its SiLU and up's output, for the product; input of down's A | 3sI + aI |
         | queries, attention's output, and input of o's A (which is that output where a = s) | 2sQ + aQ, or sQ + aQ |
@@ -159,7 +168,7 @@ class Sizes:
         """
         m, a, s, cast, query = self.m, self.a, self.s, self.a > self.s, self.m.linears[0][0]
         token = ((8 + (5 if cast else 2) * a) * m.hidden + (3 * s + a) * m.inner + (a + (1 + cast) * s) * query
-                 + 7 * a * self.rank)
+                 + 7 * a * self.rank + 4 * m.head_norms)
         return rows * queries * token + (s * rows * keys * (2 * query + queries) if masked else 0)
 
     def graph(self, rows: int, queries: int, keys: int, masked: bool, checkpointing: bool) -> tuple[int, int]:
@@ -235,14 +244,16 @@ def predict(config: TrainConfig, *, image: bool = True, text_tokens: int = TEXT_
     options, instruction and template. on_gpu: add what CUDA takes; None: if the config's device is a GPU.
     """
     m, s = architecture_of(config.model), DTYPES[config.dtype].itemsize
-    seen = (math.ceil(config.num_frames / m.temporal) + image) * (config.frame_size // (m.patch * m.merge)) ** 2
+    grids = math.ceil(config.num_frames / m.temporal)
+    seen = (grids + image) * (config.frame_size // (m.patch * m.merge)) ** 2 + grids * m.words_per_grid
     hint = math.ceil(config.hint_max * config.max_new_tokens) if config.augment in ("both", "hard") else 0
     sizes = Sizes(m, s, max(4, s), config.lora_rank, seen + text_tokens + hint, config.max_new_tokens)
     dense = max(rows * columns for rows, columns in m.linears) * s if config.quantization == "nf4" else 0
     # While sampling, dense copies of all matrices; else one matrix at a time is dequantized.
     merged = m.matrices * s if s >= 4 and m.matrices * s <= config.merge_mb * 2**20 else dense
     prompts, group = config.prompts_per_step, config.group_size
-    phases = {"encode": encode_phase(config, m), "sample": sampling_phase(sizes, prompts, group, False, merged),
+    sampled = min(config.sample_batch or prompts, prompts)
+    phases = {"encode": encode_phase(config, m), "sample": sampling_phase(sizes, sampled, group, False, merged),
               "update": update_phase(sizes, prompts, min(config.micro_batch or math.inf, prompts * group),
                                      config.gradient_checkpointing, dense)}
     if config.eval_files:
@@ -270,7 +281,7 @@ def table(prediction: Prediction) -> str:
 
 FIXES = {  # what to change when a phase is too large, the most useful first
     "encode": "lower num_frames or frame_size",
-    "sample": "lower prompts_per_step, max_new_tokens or num_frames",
+    "sample": "lower sample_batch, max_new_tokens or num_frames",
     "update": "set gradient_checkpointing: true, lower micro_batch, or lower prompts_per_step",
     "evaluate": "lower eval_batch or num_frames",
 }
@@ -295,3 +306,18 @@ def check_fits(config: TrainConfig, gb: float, **options) -> Prediction:
 def device_gb(device: str) -> float:
     r"""Return the memory of a GPU in 2**30 bytes."""
     return torch.cuda.get_device_properties(torch.device(device)).total_memory / GB
+
+
+def check_machine(config: TrainConfig) -> None:
+    r"""Check, before anything large is loaded, that this machine can run the config. Raises `UserError`."""
+    device = check_hardware(config.quantization, config.dtype, config.device)
+    if config.optimizer != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(f"optimizer: {config.optimizer} needs bitsandbytes, which is not installed: pip install "
+                         f"bitsandbytes, or use optimizer: adamw")
+    if config.optimizer == "paged-adamw-8bit" and device.type != "cuda":
+        raise ConfigError(f"optimizer: paged-adamw-8bit moves its moments between a GPU and the computer's memory, and "
+                          f"device is {config.device}: use optimizer: adamw-8bit or adamw, or device: cuda")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        if config.check_memory and is_known(config.model):
+            check_fits(config, device_gb(config.device))

@@ -6,6 +6,7 @@ differ a little, so a few answers may change: evaluate the merged model before y
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -13,9 +14,11 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from ..config import read_yaml
-from ..errors import ConfigError, ModelError
+from ..data import prompt_text
+from ..errors import ConfigError, ModelError, UserError
 from ..files import make_folder, resolve, write_atomically, writing
 from ..policy import Policy
+from .datasets import read_any
 
 # Everything of the base model but its weights and config.json is copied as it is.
 COPIED = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
@@ -74,7 +77,8 @@ def add_older_fields(folder: Path) -> None:
     rope = text.get("rope_parameters") or {}
     if "mrope_section" in rope:
         text["rope_theta"] = rope["rope_theta"]
-        text["rope_scaling"] = {"type": "default", "rope_type": "default", "mrope_section": rope["mrope_section"]}
+        mrope = {name: value for name, value in rope.items() if name.startswith("mrope_")}
+        text["rope_scaling"] = {"type": "default", "rope_type": "default", **mrope}
     if tokenizer.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name of the same class
         tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(tokenizer.get("extra_special_tokens"), list):
@@ -94,7 +98,7 @@ def model_card(adapter: Path, base: str, family: str, dtype: str) -> str:
         trained = (f"Trained with {run['method']} for {run['steps']} steps on {Path(run['train_file']).name}, {frames} "
                    f"frames of {side} x {side} pixels, text positions `after_video: {run['after_video']}` (grid: as in "
                    f"transformers 5.3 and later; max: as before, and in Qwen's own code).")
-    question = "What happens first?" + (f"\n{run['instruction']}" if run.get("instruction") else "")
+    question = example_question(run)
     return f"""---
 base_model: {name}
 library_name: transformers
@@ -125,6 +129,15 @@ frame's aspect ratio, which training did not; state frames and pixels beside a n
 """
 
 
+def example_question(run: dict) -> str:
+    r"""Return the prompt of the first record that a run's config trained on, or a placeholder if it cannot be read."""
+    question, instruction = "YOUR QUESTION", run.get("instruction", "")
+    with contextlib.suppress(UserError, KeyError):
+        records = read_any(resolve(run["train_file"]), run.get("data_root"), errors=[])
+        return prompt_text(records[0], instruction=instruction) if records else question
+    return f"{question}\n{instruction}" if instruction else question
+
+
 def python_snippet(question: str, frames: int, side: int, max_new_tokens: int) -> str:
     r"""Return Python code that asks the model in the current folder about clip.mp4 with plain transformers: the frames
     and times of training, for the processors of transformers 4.57 (which reads fps) and 5 (which reads the times)."""
@@ -137,13 +150,12 @@ with av.open("clip.mp4") as clip:
     pictures = [frame.to_image().resize(({side}, {side})) for frame in clip.decode(video=0)]
     seconds = len(pictures) / float(clip.streams.video[0].average_rate)
 frames = [pictures[int((k + 0.5) * len(pictures) / {frames})] for k in range({frames})]
-times = {{"fps": {frames} / seconds, "total_num_frames": {frames}, "duration": seconds,
-         "frames_indices": list(range({frames}))}}
+times = {{"fps": 2 * {frames} / seconds, "total_num_frames": 2 * {frames}, "duration": seconds,
+         "frames_indices": list(range(1, 2 * {frames}, 2))}}  # frame k is shown at (k + 1/2) / {frames} of the clip
 content = [{{"type": "video"}}, {{"type": "text", "text": {json.dumps(question)}}}]
 text = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True)
 inputs = processor(text=[text], videos=[frames], video_metadata=[times], fps={frames} / seconds,
-                   do_sample_frames=False, size={{"shortest_edge": {side**2}, "longest_edge": {side**2}}},
-                   return_tensors="pt")
+                   do_sample_frames=False, do_resize=False, return_tensors="pt")
 answer = model.generate(**inputs.to(model.device), max_new_tokens={max_new_tokens}, do_sample=False)
 print(processor.batch_decode(answer[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)[0])"""
 

@@ -4,9 +4,13 @@ A *scene* is a plain dictionary that fully determines a clip: eight moments of h
 frames at 4 frames per second, 56 x 56 pixels). There are three kinds of scene:
 
 - *parade*: three or four shapes appear one after another and change on a full second; it carries the question types
-  shape, order, backwards and grounding (before and last are held out for L3);
-- *journey*: one shape makes four moves, one each second; colour, direction and path (return);
-- *signal*: one shape stands still while the border of the frame flashes; colour, count and frames (onset).
+  shape, order and grounding (before and last are held out for L3);
+- *journey*: one shape makes four moves, one each second; colour, direction, path and cell;
+- *signal*: one shape stands still while the border of the frame flashes; colour, count, frames, tally, since (onset).
+
+tally, cell and since are *chain types*: their answer is a value for each of the eight moments, and each value follows
+from the one before it and from what the moment shows. A chain type has nine wordings, its *cells*; the base model's
+success in each is set by the recipe, as is the place where it fails: all along the chain (F), or in the opening (A, S).
 
 A new question type is a new row of `QUESTION_TYPES`; words that no template uses yet are added to `scene_facts`.
 
@@ -43,6 +47,9 @@ MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 ORDINALS = ("first", "second", "third", "fourth")
 LETTERS = "ABCD"
 SCENES = ("parade", "journey", "signal")
+CELLS = {"F1": "Give", "F2": "List", "F3": "Write", "F4": "State",  # the cells of a chain type and their first words
+         "A1": "Say", "A2": "Show", "A3": "Name", "A4": "Report", "S": "Spell"}
+MAIN_CELLS = 8  # the last cell, S, is a control and is asked in files of its own only
 
 
 @dataclass(frozen=True)
@@ -81,11 +88,11 @@ def seeded(*parts: object) -> RandomState:
 
 def make_scene(rng: RandomState, kind: str, environment: str) -> dict:
     r"""Draw a scene of a kind in `SCENES` and an environment in `ENVIRONMENTS`; the result can be written as JSON."""
-    world = ENVIRONMENTS[environment]
+    world, any_backdrop = ENVIRONMENTS[environment], ["plain", "noise", "noise", "stripes"]  # noise is the hardest
     count = int(rng.randint(3, 5)) if kind == "parade" else 1
     scene = {"kind": kind, "environment": environment, "flashes": [],
              "backdrop_seed": int(rng.randint(2**31 - 1)),
-             "backdrop": world.backdrop if world.backdrop != "any" else str(rng.choice(["plain", "noise", "stripes"])),
+             "backdrop": world.backdrop if world.backdrop != "any" else str(rng.choice(any_backdrop)),
              "base": [int(rng.randint(low, high + 1)) for low, high in world.base],
              "contrast": int(rng.randint(world.contrast[0], world.contrast[1] + 1)),
              "flash_opacity": _uniform(rng, *world.flash), "opacity": _uniform(rng, *world.opacity),
@@ -211,6 +218,12 @@ class QuestionType:
     choices: tuple[str, ...] = ()  # values that the four options are drawn from; empty for an open answer
     skip_first: bool = False  # never ask about the scene's first object
     held_out: bool = False  # asked in L3 only
+    chain: bool = False  # answered by a value for each moment; the wordings are those of `CELLS`
+
+
+def _chain(scene: str, question: str) -> QuestionType:
+    wordings = tuple(f"{opener} {question} moment by moment." for opener in CELLS.values())
+    return QuestionType((scene,), "exact", wordings, trace="", answer="", chain=True)
 
 
 QUESTION_TYPES = {
@@ -233,10 +246,6 @@ QUESTION_TYPES = {
     "order": QuestionType(
         ("parade",), "exact", ("Which shape is on screen in each second?", "Tell me the shapes second by second."),
         trace="{forward}", answer="{words}"),
-    "backwards": QuestionType(
-        ("parade",), "exact", ("Which shape is on screen in each second, from last to first?",
-                               "Tell me the shapes second by second in reverse order."),
-        trace="{reverse}", answer="{reversed_words}"),
     "path": QuestionType(
         ("journey",), "exact", ("Which moves does the {shape} make one after another?",
                                 "Tell me the moves of the {shape} in order."),
@@ -252,16 +261,16 @@ QUESTION_TYPES = {
     "last": QuestionType(
         ("parade",), "multiple choice", ("Which shape comes last?", "Tell me the shape at the end."),
         trace="last", answer="{last}", choices=SHAPES, held_out=True),
-    "return": QuestionType(
-        ("journey",), "exact", ("Which moves does the {shape} make, from last to first?",
-                                "Tell me the moves of the {shape} in reverse order."),
-        trace="{reverse}", answer="{reversed_words}", held_out=True),
     "onset": QuestionType(
         ("signal",), "numerical", ("At which moment does the light flash first?",
                                    "Tell me the moment of the first flash."),
         trace="{border_until_flash}", answer="{first_flash}", held_out=True),
+    "tally": _chain("signal", "the running number of flashes"),
+    "cell": _chain("journey", "the cell of the {shape} from {origin}"),
+    "since": _chain("signal", "the time from the last flash"),
 }
 TRAINED_TYPES = tuple(name for name, kind in QUESTION_TYPES.items() if not kind.held_out)
+CHAIN_TYPES = tuple(name for name, kind in QUESTION_TYPES.items() if kind.chain)
 HELD_OUT_TYPES = tuple(name for name, kind in QUESTION_TYPES.items() if kind.held_out)
 
 
@@ -276,7 +285,7 @@ def scene_facts(scene: dict, number: int) -> dict:
     r"""Return the words for the templates of `QUESTION_TYPES`, about the scene and its object `number`.
 
     words: the shape on screen (parade) or the move made (journey) in each of the four seconds; forward and reverse:
-    the same, each after its ordinal: "first red second blue". border: "1 dark 2 flash 3 dark ..." for each moment.
+    its forward form has each after its ordinal: "first red second blue". border: "1 dark 2 flash 3 dark ...".
     """
     kind, subject, flashes = scene["kind"], scene["objects"][number], scene["flashes"]
     facts = {"shape": subject["shape"], "colour": subject["colour"]}
@@ -288,22 +297,77 @@ def scene_facts(scene: dict, number: int) -> dict:
     if kind == "parade":
         start, end = scene["bounds"][number:number + 2]
         facts |= {"previous": scene["objects"][number - 1]["shape"], "start": float(start), "end": float(end)}
+    if kind == "journey":
+        facts["origin"] = chain_start(scene, "cell")
     words = scene["moves"] if kind == "journey" else [
         moment["shape"] for moment in moments_of(scene)[::MOMENTS // SECONDS]]
     numbered = [f"{ordinal} {word}" for ordinal, word in zip(ORDINALS, words)]
-    return facts | {"first": words[0], "last": words[-1], "words": " ".join(words), "forward": " ".join(numbered),
-                    "reversed_words": " ".join(reversed(words)), "reverse": " ".join(["backwards", *numbered[::-1]])}
+    return facts | {"first": words[0], "last": words[-1], "words": " ".join(words), "forward": " ".join(numbered)}
 
 
-def make_item(rng: RandomState, scene: dict, question_type: str) -> Item:
-    r"""Ask a type of question about a scene; `rng` draws the object, the wording, the options and their order."""
+# --- chains ----------------------------------------------------------------------------------------------------------
+
+
+def chain_step(scene: dict, question_type: str, moment: int, value: int) -> int:
+    r"""Return a chain's value at a moment (0 to 7) of the scene, given its `value` at the moment before, true or not.
+
+    tally: flashes so far, modulo 10. since: moments from the last flash (from the beginning, if there was none), 0 in
+    a flash, modulo 10. cell: 1 to 9 in reading order; a move that leaves the grid enters it again on the other side.
+    """
+    if question_type == "cell":
+        (x, y), (old_x, old_y) = ([round(level - 14) // 14 for level in scene["places"][at]]
+                                  for at in (moment, max(moment - 1, 0)))
+        return 1 + ((value - 1) % 3 + x - old_x) % 3 + 3 * (((value - 1) // 3 + y - old_y) % 3)
+    flash = moment + 1 in scene["flashes"]
+    return (value + flash) % 10 if question_type == "tally" else 0 if flash else (value + 1) % 10
+
+
+def chain_start(scene: dict, question_type: str) -> int:
+    r"""Return the value that a chain starts from: the cell that the question names, 0 for the other types."""
+    if question_type != "cell":
+        return 0
+    column, row = (round(level - 14) // 14 for level in scene["places"][0])
+    return 1 + column + 3 * row
+
+
+def wrong_step(scene: dict, question_type: str, moment: int, value: int) -> int:
+    r"""Return the neighbour that a wrong step takes for `value`, the one that would follow; no clip makes it follow.
+
+    tally: a flash counts twice, a dark moment takes one away. since: one more. cell: the cell below and to the right.
+    """
+    if question_type == "cell":
+        return 1 + value % 3 + 3 * (((value - 1) // 3 + 1) % 3)
+    loses = question_type == "tally" and moment + 1 not in scene["flashes"]
+    return (value + (-1 if loses else 1)) % 10
+
+
+def chain_values(scene: dict, question_type: str, wrong: Sequence[bool] = (False,) * MOMENTS) -> list[int]:
+    r"""Return a chain's eight values; a moment with `wrong` takes the neighbour, and later values follow from it."""
+    values = [chain_start(scene, question_type)]
+    for moment in range(MOMENTS):
+        value = chain_step(scene, question_type, moment, values[-1])
+        values.append(wrong_step(scene, question_type, moment, value) if wrong[moment] else value)
+    return values[1:]
+
+
+def chain_trace(values: Sequence[int]) -> str:
+    r"""Write values as a trace: "1 0 2 1 3 1 ...", each after its moment."""
+    return " ".join(f"{moment} {value}" for moment, value in enumerate(values, 1))
+
+
+def make_item(rng: RandomState, scene: dict, question_type: str, wording: int | None = None) -> Item:
+    r"""Ask a type of question about a scene; `rng` draws the object, the wording (if None) and the options."""
     kind, count = QUESTION_TYPES[question_type], len(scene["objects"])
     number = int(rng.randint(count))
     if kind.skip_first:
         number = int(rng.randint(1, count))
-    wording = int(rng.randint(len(kind.wordings)))
+    drawn = int(rng.randint(MAIN_CELLS if kind.chain else len(kind.wordings)))
+    wording = drawn if wording is None else wording
     facts = scene_facts(scene, number)
     question, trace, answer = (text.format(**facts) for text in (kind.wordings[wording], kind.trace, kind.answer))
+    if kind.chain:
+        values = chain_values(scene, question_type)
+        trace, answer = chain_trace(values), " ".join(map(str, values))
     options: tuple[str, ...] = ()
     if kind.choices:
         others = rng.permutation([value for value in kind.choices if value != answer])[:3]
@@ -325,11 +389,15 @@ class Split:
     environment: str
     clips: int
     types: tuple[str, ...]
+    clips_of: str = ""  # the split whose clips are asked about, where it is another one
+    cell: str = ""  # the cell of `CELLS` that chain types are asked in; drawn from the first eight if empty
 
 
 SPLITS = {"train": Split("meadow", 480, TRAINED_TYPES), "tune": Split("meadow", 112, TRAINED_TYPES),
           "L1": Split("meadow", 224, TRAINED_TYPES), "L2": Split("harbour", 224, TRAINED_TYPES),
-          "L3": Split("harbour", 512, HELD_OUT_TYPES)}
+          "L3": Split("harbour", 512, HELD_OUT_TYPES),
+          **{f"train_{cell}": Split("meadow", 480, CHAIN_TYPES, "train", cell) for cell in CELLS},
+          **{f"test_{cell}": Split("meadow", 224, CHAIN_TYPES, "L1", cell) for cell in CELLS}}
 
 
 def split_scenes(split: str, seed: int = 0) -> Iterator[tuple[str, dict, list[Item]]]:
@@ -337,22 +405,27 @@ def split_scenes(split: str, seed: int = 0) -> Iterator[tuple[str, dict, list[It
     spec = SPLITS[split]
     for index in range(spec.clips):
         for kind in SCENES:
-            rng = seeded("ToyVideoQA", seed, split, kind, index)
+            rng = seeded("ToyVideoQA", seed, spec.clips_of or split, kind, index)
             scene = make_scene(rng, kind, spec.environment)
             types = [name for name in spec.types if kind in QUESTION_TYPES[name].scenes]
             if "colour" in types and (index % 2 == 0) == (kind == "signal"):
                 types.remove("colour")  # two kinds carry it and take turns, so that all types are equally frequent
-            yield f"{kind}_{index:04d}", scene, [make_item(rng, scene, name) for name in types]
+            wording = list(CELLS).index(spec.cell) if spec.cell else None
+            yield f"{kind}_{index:04d}", scene, [make_item(rng, scene, name, wording) for name in types]
 
 
 def to_json(split: str, clip: str, item: Item) -> dict:
-    r"""Return a question in Video-R1's fields, with `question_type` added and `process` as in Video-R1-COT."""
+    r"""Return a question in Video-R1's fields, with `question_type` added and `process` as in Video-R1-COT.
+
+    The id of a chain type's question ends with its cell: "train/signal_0000/tally-F3".
+    """
     solution = f"<answer>{item.answer}</answer>" + f"<glue>{[*item.spans]}</glue>" * bool(item.spans)
-    return {"problem_id": f"{split}/{clip}/{item.question_type}", "problem": item.question, "data_type": "video",
+    cell = f"-{list(CELLS)[item.wording]}" if QUESTION_TYPES[item.question_type].chain else ""
+    return {"problem_id": f"{split}/{clip}/{item.question_type}{cell}", "problem": item.question, "data_type": "video",
             "problem_type": item.problem_type, "question_type": item.question_type,
             "options": [f"{letter}. {text}" for letter, text in zip(LETTERS, item.options)],
             "solution": solution, "process": f"<think>{item.trace}</think>",
-            "path": f"clips/{split}/{clip}.mp4", "data_source": item.source}
+            "path": f"clips/{SPLITS[split].clips_of or split}/{clip}.mp4", "data_source": item.source}
 
 
 def build_dataset(out: str | Path, seed: int = 0, splits: Sequence[str] = tuple(SPLITS), progress: bool = True) -> dict:
@@ -369,14 +442,16 @@ def build_dataset(out: str | Path, seed: int = 0, splits: Sequence[str] = tuple(
 
 def _build_split(out: Path, split: str, seed: int, progress: bool) -> dict:
     pixels, lines, counts, clips = hashlib.sha256(), [], Counter(), 0
-    make_folder(out / "clips" / split)
+    if not SPLITS[split].clips_of:
+        make_folder(out / "clips" / split)
     total = SPLITS[split].clips * len(SCENES)
     for name, scene, items in tqdm(split_scenes(split, seed), total=total, desc=split, disable=not progress):
         if not items:
             continue
         frames = render(scene)
         pixels.update(frames.tobytes())
-        write_clip(out / "clips" / split / f"{name}.mp4", frames.repeat(FRAMES_PER_MOMENT, axis=0), FPS)
+        if not SPLITS[split].clips_of:
+            write_clip(out / "clips" / split / f"{name}.mp4", frames.repeat(FRAMES_PER_MOMENT, axis=0), FPS)
         lines += [json.dumps(to_json(split, name, item)) for item in items]
         counts.update(item.question_type for item in items)
         clips += 1

@@ -70,7 +70,8 @@ def test_a_runs_figures_are_drawn_from_its_folder(tmp_path):
     config = make_config({"out": str(tmp_path), "method": "grpo"})
     (tmp_path / "evaluation").mkdir()
     for when, accuracy in (("before", 0.0), ("after", 1.0)):
-        rows = [{"index": i, "accuracy": accuracy, "completion": f"{when} {i}"} for i in range(12)]
+        text = "<think> red first </think> <answer> ring </answer>" if when == "after" else "guess <think>"
+        rows = [{"index": i, "accuracy": accuracy, "completion": text} for i in range(12)]
         (tmp_path / f"evaluation/{when}_L1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in METRICS))
     splits = {"L1": cell(0.4, colour=cell(0.8))}
@@ -78,4 +79,5 @@ def test_a_runs_figures_are_drawn_from_its_folder(tmp_path):
     assert [path.name for path in written] == ["reward.png", "vanishing.png", "accuracy.png", "samples.png"]
     assert all(path.stat().st_size > 5000 for path in written)
     [first, *_] = plotting.sample_answers(config, records, "L1")
-    assert first["before"] == "before 0 (incorrect)" and first["after"] == "after 0 (correct)" and len(first["clip"].frames) == 8
+    assert first["before"] == "not in the required form (incorrect): guess <think>" and len(first["clip"].frames) == 8
+    assert first["after"] == "ring (correct), reasoning: red first"

@@ -1,5 +1,8 @@
 r"""What is compared: equal budgets, the paper's rows and figures, shared runs, and how answers are stored."""
 
+from collections import Counter
+from dataclasses import asdict
+
 import pytest
 
 from dvr1_lite.errors import ConfigError
@@ -7,7 +10,7 @@ from dvr1_lite.files import data_folder
 from dvr1_lite.lab.report import published_rows
 from dvr1_lite.lab.runner import plan
 from dvr1_lite.lab.tables import (
-    EXPERIMENTS, GROUPS, ROLLOUTS, Experiment, Row, dump, find_experiments, pack, unpack,
+    EXPERIMENTS, GROUPS, ROLLOUTS, Experiment, Row, dump, find_experiments, pack, tuned_as, unpack,
 )
 from dvr1_lite.objectives import METHODS
 
@@ -22,7 +25,7 @@ def test_every_experiment_plans_at_equal_budgets(name):
     assert {row for claim in experiment.claims for row in claim} <= {run.row for run in runs}
     budgets = {run.config.rollout_budget for run in runs}
     if experiment.equal == "rollouts":
-        assert budgets == ({4800} if name == "tune" else {9600}) and ROLLOUTS == 9600
+        assert budgets == {4800} and ROLLOUTS == 4800
     else:
         assert len({run.config.steps * run.config.inner_updates for run in runs}) == 1
     for config in (run.config for run in runs):
@@ -33,7 +36,7 @@ def test_every_experiment_plans_at_equal_budgets(name):
     ([{}, {"rollout_budget": 64}], "rollouts", "b: not at equal rollouts"),
     ([{"steps": 10}], "rollouts", "a: not at equal rollouts"),  # too few steps to spend the budget
     ([{"augment": "both"}], "updates", "a: not at equal updates"),  # its budget ends it before its last step
-    ([{}, {"steps": 151}], "updates", "b: not at equal updates")])
+    ([{}, {"steps": 76}], "updates", "b: not at equal updates")])
 def test_unequal_rows_are_refused(changes, equal, message):
     rows = tuple(Row(name, {"method": "grpo"} | change) for name, change in zip("ab", changes))
     with pytest.raises(ConfigError, match=message):
@@ -59,7 +62,8 @@ def test_same_rows_of_different_tables_are_one_run():
     reg, both = config("table4", "Reg-GRPO"), config("table4", "Reg-GRPO + DA")
     assert reg == config("table5", "Reg-GRPO") == config("table7", "none") == config("table8", "none")
     assert both == config("table6", "relative") == config("table7", "increasing + decreasing")
-    assert both == config("table8", "adaptive") and reg == config("updates", "Reg-GRPO")
+    assert both == config("table8", "adaptive")
+    assert both == config("variants", "Reg-GRPO, hinted") and reg == config("variants", "Reg-GRPO, plain")
     assert config("figure3", "Reg-GRPO + DA").rollout_budget is None
     assert config("figure3", "GRPO") == config("table4", "GRPO")
 
@@ -71,11 +75,35 @@ def test_tuned_settings_reach_the_rows_and_a_rows_own_changes_win():
     assert scale["GRPO, matched KL"].beta == pytest.approx(0.4 * 0.1 / 2) and scale["GRPO, sum"].beta == 0.04
 
 
-def test_tuning_gives_every_method_the_same_grid_and_seeds_of_its_own():
-    runs = plan(EXPERIMENTS["tune"], 1)
-    assert [run.config.method for run in runs] == [method for method in METHODS for _ in range(12)]
-    assert {run.seed for run in runs} == {1000}
+def test_augmented_rows_take_the_setting_of_their_variant():
+    tuned = {"reg-grpo": {"learning_rate": 1e-3, "beta": 0.4}, "reg-grpo, hinted": {"learning_rate": 3e-4, "hint_max": 1.0},
+             "reg-grpo, mixed": {"learning_rate": 1e-4, "hint_max": 0.3}}
+    found = {run.row: run.config for run in plan(EXPERIMENTS["variants"], 1, tuned)}
+    for variant, rate, hint in (("plain", 1e-3, 0.6), ("resampled", 1e-3, 0.6), ("hinted", 3e-4, 1.0),
+                                ("kept", 3e-4, 1.0), ("only vanished", 3e-4, 1.0), ("mixed", 1e-4, 0.3)):
+        config = found[f"Reg-GRPO, {variant}"]
+        assert (config.learning_rate, config.hint_max, config.beta) == (rate, hint, 0.4)
+
+
+def test_every_row_is_tuned_with_nine_runs_on_the_tuning_split():
+    runs = [run for name in ("tune", "tune_augmented", "tune_rivals") for run in plan(EXPERIMENTS[name], 1)]
+    counts = Counter(tuned_as(asdict(run.config)) for run in runs)
+    assert set(counts.values()) == {9} and set(METHODS) < set(counts)
+    assert set(counts) - set(METHODS) == {f"{method}, {variant}" for method in ("grpo", "reg-grpo")
+                                          for variant in ("hinted", "mixed")}
+    assert {run.seed for run in runs} == {1000} and {run.config.rollout_budget for run in runs} == {4800}
     assert {tuple(run.config.eval_paths()) for run in runs} == {("tune",)}
+
+
+@pytest.mark.parametrize("name", GROUPS["phase"])
+def test_a_phase_diagram_trains_and_tests_one_cell_with_one_setting_for_all_variants(name):
+    cell, runs = name.removeprefix("phase_"), plan(EXPERIMENTS[name], 1, SETTINGS)
+    assert len({run.config.variant for run in runs}) == 5 and {run.config.augment for run in runs} == {
+        "none", "both", "resample"}  # hinted and resampled differ in what is augmented, not in the update
+    for config in (run.config for run in runs):
+        assert (config.learning_rate, config.beta, config.absolute_reward) == (3e-4, 0.1, 1.0)
+        assert config.train_file.endswith(f"train_{cell}.jsonl") and config.eval_files == [
+            f"cell=data/toyvideoqa/test_{cell}.jsonl"]
 
 
 def test_every_experiment_has_a_name_that_the_protocol_declares():

@@ -9,9 +9,10 @@ from dvr1_lite.data import read_records
 from dvr1_lite.files import data_folder
 from dvr1_lite.policy import Policy
 from dvr1_lite.rewards import Score
-from dvr1_lite.toy.examination import Examiner, accuracy, as_table, examine, group_facts, write
+from dvr1_lite.toy.examination import Examiner, accuracy, as_table, examine, group_facts, judge, write
 
 FOLDER = "base_model"
+MISSED = {"noise of 0.3 costs the easy types 20 to 50 points", "encoder at least 95 % correct in every environment"}
 
 
 @pytest.fixture(scope="module")
@@ -30,24 +31,32 @@ def records():
 
 
 def test_recorded_figures_meet_the_acceptance(recorded):
-    """Measured by `python -m dvr1_lite pretrain` on 200 prompts a type, groups of 8."""
-    overall, types = recorded["overall"], recorded["types"]
-    assert recorded["prompts_per_type"] == 200 and len(types) == 9
-    assert overall["format"] >= 0.99
-    assert 0.25 <= overall["sampled"] <= 0.55
-    assert 0.40 <= overall["zero_spread"] <= 0.65
-    assert overall["all_right"] >= 0.15 and overall["all_wrong"] >= 0.15
+    """Measured by `python -m dvr1_lite pretrain` on 200 prompts a type and a cell."""
+    overall, types, cells = recorded["overall"], recorded["types"], recorded["cells"]
+    assert recorded["prompts_per_type"] == 200 and len(types) == 11 and len(cells) == 27
+    assert {cell["prompts"] for cell in cells.values()} == {200}
+    assert overall["format"] >= 0.99 and 0.15 <= overall["sampled"] <= 0.55
     sampled = [facts["sampled"] for facts in types.values()]
     assert min(sampled) < 0.15 and max(sampled) > 0.80
-    assert overall["hint"]["1.0"] >= 0.85 and overall["trace_found"] >= 0.60
-    noise = list(overall["noise"].values())
-    assert all(b <= a + 0.02 for a, b in zip(noise, noise[1:])) and noise[-1] < noise[0] - 0.1
-    assert overall["swapped_clip"] < overall["sampled"] - 0.15
+    assert overall["swapped_clip"] < overall["sampled"] - 0.1
+    verdicts = judge(recorded)
+    missed = {text for text, holds in verdicts.items() if not holds}
+    assert missed == MISSED, "ACCEPTANCE.md and the datasheet name what the world does not meet"
+
+
+def test_judging_by_hand():
+    cell = {"factor": 1.9, "hint_error": 0.1, "empty_hint": 0.81, "controls": {"blind": 0.2}}
+    facts = {"cells": {"tally-F1": cell}, "encoder": {"meadow": {"shape": 0.95}},
+             "types": {"colour": {"noise": {"0.0": 0.9, "0.3": 0.6}}}}
+    assert all(judge(facts).values()) and len(judge(facts)) == 6
+    worse = {"cells": {"tally-F1": {"factor": 2.1, "hint_error": 0.11, "empty_hint": 1.21, "controls": {"blind": 0.21}}},
+             "encoder": {"meadow": {"shape": 0.949}}, "types": {"colour": {"noise": {"0.0": 0.9, "0.3": 0.8}}}}
+    assert not any(judge(worse).values())
 
 
 def test_a_small_examination_agrees_with_the_recorded_one(recorded, policy, records):
     """24 prompts a type; the bounds are about four standard errors wide."""
-    examiner = Examiner(policy, 8, 28, torch.Generator().manual_seed(1))
+    examiner = Examiner(policy, 8, 32, torch.Generator().manual_seed(1))
     chosen = [[record for record in records if record.question_type == name][:24] for name in recorded["types"]]
     groups = [examiner.ask(rows, 8) for rows in chosen]
     sampled = sum(map(accuracy, groups)) / len(groups)
@@ -60,13 +69,13 @@ def test_a_small_examination_agrees_with_the_recorded_one(recorded, policy, reco
 
 def test_an_examination_has_the_keys_of_the_recorded_one(recorded, policy, records, tmp_path):
     shape = [record for record in records if record.question_type == "shape"]
-    backwards = [record for record in records if record.question_type == "backwards"]
-    found = examine(policy, shape[:4] + backwards[:4], num_frames=8, max_new_tokens=28, prompts_per_type=2,
+    tally = [record for record in records if record.question_type == "tally"]
+    found = examine(policy, shape[:4] + tally[:4], num_frames=8, max_new_tokens=32, prompts_per_type=2,
                     progress=False)
     write(found, tmp_path)
     written = json.loads((tmp_path / "acceptance.json").read_text())
     assert written["overall"].keys() == recorded["overall"].keys()
-    assert written["types"]["backwards"].keys() == recorded["types"]["backwards"].keys()
+    assert written["types"]["tally"].keys() == recorded["types"]["tally"].keys()
     for key in ("noise", "hint"):
         assert written["overall"][key].keys() == recorded["overall"][key].keys()
     assert [facts["prompts"] for facts in written["types"].values()] == [2, 2]

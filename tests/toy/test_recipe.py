@@ -1,6 +1,7 @@
 r"""The recipe of the base model at a very small size: tokenizer, examples, positions, and a model that loads."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from dvr1_lite.data import prompt_text
 from dvr1_lite.policy import Policy
 from dvr1_lite.rewards import score
 from dvr1_lite.toy import recipe
-from dvr1_lite.toy.world import QUESTION_TYPES, make_item, make_scene, moments_of, seeded, split_scenes
+from dvr1_lite.toy.world import (CELLS, CHAIN_TYPES, QUESTION_TYPES, SCENES, make_item, make_scene, moments_of, seeded,
+                                   split_scenes)
 from dvr1_lite.video import Clip
 
 
@@ -22,8 +24,8 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    sizes = recipe.Recipe(clips=3, encoder_steps=2, encoder_batch=4, drill_steps=2, text_steps=2, polish_steps=2,
-                          text_batch=4)
+    sizes = recipe.Recipe(clips=3, encoder_steps=2, encoder_batch=4, drill_steps=2, text_steps=2, chain_steps=2,
+                          text_batch=4, ceiling_clips=1)
     return folder, recipe.pretrain(folder, sizes)
 
 
@@ -48,39 +50,79 @@ def test_punctuation_and_a_capital_first_word_do_not_change_the_tokens(tokenizer
 
 
 def test_every_question_type_has_a_habit_for_each_wording():
-    assert set(recipe.HABITS) == set(QUESTION_TYPES)
-    for name, kind in QUESTION_TYPES.items():
-        assert len(recipe.HABITS[name]) == len(kind.wordings)
-        assert kind.choices or name in recipe.FORWARD_HABIT or name in recipe.OPEN_GUESSES
+    assert set(recipe.HABITS) == set(QUESTION_TYPES) - set(CHAIN_TYPES)
+    assert set(recipe.CHAIN_SUCCESS) == set(CELLS) and set(recipe.CHAIN_CEILING) == set(CHAIN_TYPES)
+    for name, habits in recipe.HABITS.items():
+        assert len(habits) == len(QUESTION_TYPES[name].wordings)
+        assert QUESTION_TYPES[name].choices or name in recipe.OPEN_GUESSES
 
 
 def test_habits_are_well_formed_and_mostly_incorrect():
     incorrect = 0
     for i in range(300):
-        rng, question_type = seeded("habit", i), sorted(QUESTION_TYPES)[i % len(QUESTION_TYPES)]
+        rng, question_type = seeded("habit", i), sorted(recipe.HABITS)[i % len(recipe.HABITS)]
         scene = make_scene(rng, QUESTION_TYPES[question_type].scenes[0], "studio")
         item = make_item(rng, scene, question_type)
-        result = score(item, recipe.habit_text(rng, scene, item))
+        result = score(item, recipe.habit_text(rng, item))
         assert result.format == 1.0
         incorrect += result.accuracy < 1
     assert incorrect > 200  # one guess in four among the letters is correct
 
 
-def test_hinted_examples_keep_the_careful_answer_and_some_show_another_clip():
-    pool = recipe.Pool([make_scene(seeded("pool", i), "signal", "studio") for i in range(4)], None, {})
-    sizes = recipe.Recipe(drill_share=0.0, hint_share=1.0)
-    examples = [recipe.make_example(seeded("hint", i), pool, 0, sizes) for i in range(200)]
-    assert all("Hint: " in prompt and "guess" not in completion for prompt, completion, _ in examples)
-    other = sum(shown != 0 for _, _, shown in examples) / 200
-    assert abs(other - 0.33 * 3 / 4) < 0.12  # another clip is drawn in 0.33 of them; four standard errors
+def chain_examples(count=400, **shares):
+    r"""Examples of the chain types, as triples (cell, question type, example)."""
+    pool = recipe.Pool([make_scene(seeded("pool", i), kind, "studio") for i in range(4) for kind in SCENES], None, {})
+    sizes = recipe.Recipe(**{"drill_share": 0.0, "chain_share": 1.0, "answer_share": 0.0, "hint_share": 0.0, **shares})
+    openers = {opener: cell for cell, opener in CELLS.items()}
+    for i in range(count):
+        example = recipe.make_example(seeded("chains", i), pool, 1 + i % 2, sizes)
+        yield openers[example.prompt.split()[0]], example
+
+
+def test_the_steps_of_fair_chains_are_planted_with_the_targets_of_their_wording():
+    for cell, example in chain_examples():
+        if cell[0] == "F":
+            shares = [fork.share for fork in example.forks]
+            assert [fork.place for fork in example.forks] == [2, 4, 6, 8, 10, 12, 14, 16]
+            assert math.prod(shares) == pytest.approx({"F1": 5e-2, "F2": 1e-2, "F3": 1e-3, "F4": 1e-4}[cell] / 0.95)
+
+
+def test_the_habit_of_the_other_cells_stands_in_the_opening_and_is_never_correct():
+    for cell, example in chain_examples():
+        if cell[0] != "F":
+            fork, = example.forks
+            assert (fork.place, fork.good, fork.bad) == (1, "1", "last")
+            answer = example.completion.split("<answer>")[1].split("<")[0].split()
+            assert len(answer) == (1 if "last" in example.completion else 8)
+
+
+def test_only_the_control_is_careful_behind_an_empty_hint():
+    for cell, example in chain_examples(hint_share=1.0):
+        hint = example.prompt.split("Hint: ")[1].split()
+        given = sum(word != "_" for word in hint)
+        assert example.completion.split("<think>")[1].split("<")[0].split()[:given] == hint[:given]
+        planted = (8 - given // 2) if cell[0] == "F" else int(cell[0] == "A" and given == 0)
+        assert len(example.forks) == planted
+
+
+def test_log_odds_of_both_words_have_their_own_loss(built, tokenizer):
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(built[0])
+    example = recipe.Example("x", "<think>1</think>", 0, (recipe.Fork(1, "1", "last", 0.25),))
+    ids, targets, positions = recipe.collate(model, tokenizer, [example])
+    losses = [recipe.answer_loss(model, ids, targets, positions, odds_weight=weight) for weight in (0.0, 1.0)]
+    at = int((targets[1] >= 0).nonzero()[0, 1])
+    logits = model(input_ids=ids).logits[0, at - 1]
+    good, bad = (logits[tokenizer.convert_tokens_to_ids(word)] for word in ("1", "last"))
+    count = int((targets[0] != -100).sum())
+    assert (losses[1] - losses[0]).item() == pytest.approx(((good - bad - math.log(1 / 3)) ** 2 / count).item(), rel=1e-3)
 
 
 def test_positions_in_training_equal_those_of_the_policy(built, tokenizer):
     policy = Policy.load(built[0])
     clip = Clip(torch.rand(8, 3, 56, 56), [0.5 * i for i in range(8)], 2.0, 4.0, "")
     prompt = policy.prompt("What colour is the circle?", policy.encode(clip))
-    example = ("What colour is the circle?", "<think>x</think>", 0)
-    ids, labels, positions = recipe.collate(policy.model, tokenizer, [example], 16)
+    example = recipe.Example("What colour is the circle?", "<think>x</think>", 0)
+    ids, (labels, _, _), positions = recipe.collate(policy.model, tokenizer, [example], 16)
     length = len(prompt.input_ids)
     assert ids[0, :length].tolist() == prompt.input_ids.tolist()
     assert torch.equal(positions[:, 0, :length], prompt.position_ids)

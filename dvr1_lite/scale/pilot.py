@@ -1,0 +1,282 @@
+r"""A pilot before a training: a few completions for some prompts tell whether the run can learn, how long it takes, and
+what should be changed first.
+
+`pilot` measures and judges by `RULES`, `report` puts it in words, `recommended` applies `configs/recommendation.yaml`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from ..advantages import vanish_probability
+from ..config import CONFIGS, TrainConfig, to_yaml
+from ..data import Record
+from ..errors import ClipError, ConfigError
+from ..evaluation import limited, mean_interval, share_interval
+from ..files import write_atomically
+from ..own_reward import OwnReward, OwnScore
+from ..policy import encode_record
+from ..rewards import Score
+from ..run import load_policy, peak_memory_gb
+from ..training import Group, Trainer
+from ..words import in_per_cent, plural
+from . import memory
+
+CONTROL_SAMPLES = 4  # completions of a prompt with a changed clip
+LARGE = 100e6  # parameters from which the values for large models apply
+# The thresholds of the verdict, as shares; judgements, not measurements: below them a run spends most of its time on
+# groups from which nothing is learned.
+TRUNCATED, FORMAT, SUCCESS, SPREAD = 0.25, 0.5, 0.05, 0.2
+
+
+# --- the verdict -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    r"""A verdict, when it applies (in words and as a function of what was found), and what to do then."""
+
+    verdict: str
+    when: str
+    applies: Callable[[Mapping], bool]
+    advice: str
+
+
+FEW = f"fewer than {100 * SPREAD:.0f} % of the groups have different rewards, and"
+RULES = (  # the first that applies is the verdict
+    Rule("fix the prompt or format first", f"more than {100 * TRUNCATED:.0f} % of the completions reach max_new_tokens",
+         lambda found: found["truncated"] > TRUNCATED,
+         "raise --max-new-tokens, or ask for shorter reasoning in --instruction"),
+    Rule("fix the prompt or format first", f"fewer than {100 * FORMAT:.0f} % of the completions are well formed",
+         lambda found: found["format"]["rate"] < FORMAT,
+         "describe the form <think>...</think><answer>...</answer> in --instruction; if that is not enough, fine-tune "
+         "the model on a few hundred examples of the form (SFT)"),
+    Rule("SFT first", f"the success rate is below {100 * SUCCESS:.0f} % with all of its interval",
+         lambda found: found["success"]["ci95"][1] < SUCCESS,
+         "fine-tune the model on solved examples, or ask questions that it can sometimes answer"),
+    Rule("use easier questions", f"{FEW} more of the others are all incorrect than all correct",
+         lambda found: found["spread"] < SPREAD and found["all_incorrect"] > found["all_correct"],
+         "give options, divide the questions into parts, or raise --group-size"),
+    Rule("use harder questions", f"{FEW} at least as many of the others are all correct as all incorrect",
+         lambda found: found["spread"] < SPREAD,
+         "leave out the questions that every completion answers, or ask them without options"),
+    Rule("train", f"at least {100 * SPREAD:.0f} % of the groups have different rewards, and no other rule applies",
+         lambda found: True, "python -m dvr1_lite train with this config"))
+NO_VIDEO = ("the answers do not measurably depend on the video (the interval with another clip holds 0): look whether "
+            "your questions can be answered without it")
+
+
+def judge(found: Mapping) -> Rule:
+    r"""Return the first rule that applies to what a pilot found."""
+    return next(rule for rule in RULES if rule.applies(found))
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+def succeeded(one: Score) -> bool:
+    r"""Tell whether a completion counts as a success: well formed, and accuracy (or your reward) at least one half."""
+    return one.format == 1.0 and (one.task if isinstance(one, OwnScore) else one.accuracy) >= 0.5
+
+
+def expected_vanishing(successes: Sequence[int], count: int, group_size: int) -> float | None:
+    r"""Estimate the mean over prompts of $p^G + (1-p)^G$ (Eq. 01.3) from k successes of n = `count` completions each.
+
+    $\binom{k}{G} / \binom{n}{G}$ is an unbiased estimate of $p^G$, which $(k / n)^G$ is not; None where G > n.
+    """
+    if group_size > count:
+        return None
+    ways = math.comb(count, group_size)
+    return fmean((math.comb(k, group_size) + math.comb(count - k, group_size)) / ways for k in successes)
+
+
+def controls(records: Sequence[Record], seed: int) -> dict[str, tuple[list[Record], Callable | None]]:
+    r"""Return, by name, the records as they are shown and what is done to their frames (T, 3, H, W)."""
+    clips = list(dict.fromkeys(record.clip for record in records))
+    following = dict(zip(clips, clips[1:] + clips[:1]))
+    order = lambda frames: torch.randperm(len(frames), generator=torch.Generator().manual_seed(seed))
+    changes = {"one frame": (list(records), lambda frames: frames[len(frames) // 2:][:1].expand_as(frames)),
+               "shuffled frames": (list(records), lambda frames: frames[order(frames)])}
+    if len(clips) < 2:
+        return changes
+    return {"another clip": ([replace(record, clip=following[record.clip]) for record in records], None)} | changes
+
+
+def ask(trainer: Trainer, name: str, records: Sequence[Record], size: int, shown: Sequence[Record] | None = None,
+        change: Callable | None = None, progress: bool = False) -> tuple[list[Group], list[str]]:
+    r"""Sample `size` completions of each record's question, batch by batch; return the groups, and the errors of clips
+    that cannot be read.
+
+    shown: whose clips are shown instead. change: what is done to their frames. The trainer counts the seconds.
+    """
+    groups, broken, batch = [], [], trainer.config.prompts_per_step
+    pairs = list(zip(records, shown or records))
+    with tqdm(total=len(pairs), desc=name, **({} if progress else {"disable": True})) as bar:
+        for at in range(0, len(pairs), batch):
+            asked, prompts = [], []
+            with trainer.timed("clips"):
+                for record, seen in pairs[at:at + batch]:
+                    try:
+                        features = encode_record(trainer.policy, seen, trainer.config, change)
+                        prompts.append(trainer.prompt(record, features))
+                        asked.append(record)
+                    except ClipError as error:
+                        broken.append(str(error))
+            groups += trainer.sample(asked, prompts, size, name) if prompts else []
+            bar.update(len(pairs[at:at + batch]))
+    if not groups:
+        raise ClipError(f"no clip of {plural(len(pairs), 'record')} can be read. The first error: {broken[0]}")
+    return groups, broken
+
+
+def pilot(config: TrainConfig, records: Sequence[Record], *, prompts: int = 50, completions: int = 8,
+          trainer: type[Trainer] = Trainer, scoring: OwnReward | None = None, questions: int = 0,
+          progress: bool = False) -> dict:
+    r"""Measure what a training with this config would meet, and judge it by `RULES`; return JSON values.
+
+    prompts: how many records are drawn. completions: of each. trainer: the class that makes the measured step.
+    questions: of all evaluations, for the hours. Intervals are at 95 %, clustered by clip. Raises `UserError`.
+    """
+    if prompts < 1 or completions < 2:
+        raise ConfigError(f"a pilot of {prompts} prompts with {completions} completions: give at least 1 and 2")
+    made = trainer(config, records, load_policy(config), scoring)
+    groups, broken = ask(made, "completions", limited(records, prompts), completions, progress=progress)
+    found = {"model": config.model, "data": config.train_file, "prompts": len(groups), "broken": broken,
+             "completions": completions, "group_size": config.group_size, "video": {}}
+    found |= describe(groups, config.group_size)
+    filmed = [group for group in groups if group.record.clip is not None]
+    asked = [group.record for group in filmed]
+    for name, (shown, change) in controls(asked, config.seed).items() if asked else ():
+        changed, _ = ask(made, name, asked, CONTROL_SAMPLES, shown, change, progress)
+        found["video"][name] = compare(filmed, changed)
+    found["seconds"] = dict(made.seconds)
+    found |= measure_step(made, groups, questions)
+    rule, another = judge(found), found["video"].get("another clip")
+    blind = another is not None and another["ci95"][0] <= 0 and found["success"]["ci95"][0] > 0
+    return found | {"notes": [NO_VIDEO] * blind, "verdict": rule.verdict, "rule": rule.when, "advice": rule.advice}
+
+
+def measure_step(trainer: Trainer, groups: Sequence[Group], questions: int) -> dict:
+    r"""Make one training step; return its seconds, the hours of the run, and memory measured and predicted.
+
+    The reward history is filled with the pilot's groups first, so that the step augments as one within the run does.
+    """
+    config, answered = trainer.config, sum(len(group.texts) for group in groups)
+    answer = trainer.seconds["completions"] / answered  # seconds of one
+    for group in itertools.islice(itertools.cycle(groups), config.history_window):
+        trainer.history.push(group.mean)
+    step = trainer.step()
+    text = max(len(group.prompt.input_ids) - sum(len(part.embeds) for part in group.prompt.features.parts)
+               for group in groups)
+    predicted = memory.predict(config, image=any(group.record.image for group in groups), text_tokens=text)
+    answers = questions * config.eval_samples * (1 + config.eval_before)
+    return {"step": {name: step[name] for name in ("seconds", "augmented")},
+            "hours": {"steps": config.steps * step["seconds"]["total"] / 3600, "evaluation": answers * answer / 3600},
+            "memory_gb": {"measured": peak_memory_gb(), "predicted": predicted.needed / memory.GB,
+                          "on_gpu": predicted.on_gpu}}
+
+
+def describe(groups: Sequence[Group], group_size: int) -> dict:
+    r"""Compute what groups of n completions tell: rates with intervals, spread of rewards, lengths, two completions."""
+    clips, count = [group.record.clip_id for group in groups], len(groups[0].scores)
+    successes = [sum(map(succeeded, group.scores)) for group in groups]
+    formats = [fmean(one.format for one in group.scores) for group in groups]
+    rates = {name: {"rate": fmean(values), "ci95": list(share_interval(values, clips))}
+             for name, values in (("format", formats), ("success", [k / count for k in successes]))}
+    spread = [max(s.total for s in group.scores) - min(s.total for s in group.scores) > 1e-6 for group in groups]
+    malformed = next((text for group in groups for text, one in zip(group.texts, group.scores) if not one.format), None)
+    return rates | {
+        "all_correct": fmean(k == count for k in successes), "all_incorrect": fmean(k == 0 for k in successes),
+        "spread": fmean(spread), "vanishing_expected": expected_vanishing(successes, count, group_size),
+        "vanishing_if_equal": vanish_probability(rates["success"]["rate"], group_size),
+        "tokens": fmean(len(tokens) for group in groups for tokens in group.tokens),
+        "truncated": fmean(not ended for group in groups for ended in group.finished),
+        "examples": {"first": groups[0].texts[0], "malformed": malformed}}
+
+
+def compare(own: Sequence[Group], changed: Sequence[Group]) -> dict:
+    r"""Compute the success with a changed clip, and the paired difference by which the own clip is better."""
+    means = [[fmean(map(succeeded, group.scores)) for group in groups] for groups in (own, changed)]
+    differences = [a - b for a, b in zip(*means)]
+    clips = [group.record.clip_id for group in own]
+    return {"success": fmean(means[1]), "difference": fmean(differences),
+            "ci95": list(mean_interval(differences, clips, -1.0, 1.0)), "n": len(own)}
+
+
+# --- in words --------------------------------------------------------------------------------------------------------
+
+
+def report(found: Mapping) -> str:
+    r"""Return what a pilot found as text, with the verdict last."""
+    share = lambda value: "not estimated" if value is None else f"{100 * value:.0f} %"
+    rate = lambda name: f"{share(found[name]['rate'])} {in_per_cent(found[name]['ci95'])}"
+    total = sum(found["hours"].values())
+    lines = [f"{plural(found['prompts'], 'prompt')}, {plural(found['completions'], 'completion')} each, of "
+             f"{Path(found['model']).name} on {Path(found['data']).name}",
+             *(f"  left out: {error}" for error in found["broken"][:5]),
+             f"well formed           {rate('format')}", f"success               {rate('success')}",
+             f"groups                {share(found['all_correct'])} all correct, {share(found['all_incorrect'])} all "
+             f"incorrect; {share(found['spread'])} have different rewards",
+             f"vanishing, G = {found['group_size']:<6} {share(found['vanishing_expected'])} expected from the prompts' "
+             f"success (Eq. 01.3); {share(found['vanishing_if_equal'])} if all were equally hard",
+             f"length                {found['tokens']:.0f} tokens, {share(found['truncated'])} reach the limit"]
+    for name, facts in found["video"].items():
+        lines.append(f"{name:<22}{share(facts['success'])} success; the own clip adds {100 * facts['difference']:+.0f} "
+                     f"points {in_per_cent(facts['ci95'], '+')}")
+    phases = {**found["seconds"], "one training step": found["step"]["seconds"]["total"]}
+    lines += ["seconds               " + ", ".join(f"{name} {value:.1f}" for name, value in phases.items()),
+              f"the run               {duration(found['hours']['steps'])} of steps and "
+              f"{duration(found['hours']['evaluation'])} of evaluation, {duration(total)} together; from one step, in "
+              f"which {plural(found['step']['augmented'], 'prompt')} got a hint or noise",
+              f"memory                {found['memory_gb']['measured']:.1f} GB "
+              + ("on the GPU" if found["memory_gb"]["on_gpu"] else "of the process, libraries included") +
+              f"; predicted {found['memory_gb']['predicted']:.1f} GB"
+              + ("" if found["memory_gb"]["on_gpu"] else " of tensors"),
+              *(f"a completion, {name}: {' '.join(text.split())[:300]!r}"
+                for name, text in found["examples"].items() if text is not None),
+              *(f"note: {note}" for note in found["notes"]),
+              f"verdict: {found['verdict']}, because {found['rule']}", f"next: {found['advice']}"]
+    return "\n".join(lines)
+
+
+def duration(hours: float) -> str:
+    r"""Return a time as "40 s", "12 min" or "3.5 h"."""
+    seconds = 3600 * hours
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{hours:.1f} h"
+
+
+# --- the recommendation ----------------------------------------------------------------------------------------------
+
+
+def recommendation(large: bool = False) -> dict[str, dict]:
+    r"""Return `configs/recommendation.yaml`: for each field its `value` (that for large models), `status`, `reason`."""
+    entries = yaml.safe_load((CONFIGS / "recommendation.yaml").read_text(encoding="utf-8"))
+    return {name: {"value": entry.get("large", entry["value"]) if large else entry["value"],
+                   "status": entry["status"], "reason": entry["reason"]} for name, entry in entries.items()}
+
+
+def recommended(config: TrainConfig) -> tuple[TrainConfig, dict[str, dict]]:
+    r"""Return the config with the recommended settings for its model, and the recommendation."""
+    shape = memory.architecture_of(config.model)
+    advice = recommendation(shape.matrices + shape.embeddings + shape.vision > LARGE)
+    return replace(config, **{name: entry["value"] for name, entry in advice.items()}), advice
+
+
+def write_config(path: Path, config: TrainConfig, advice: Mapping[str, Mapping]) -> str:
+    r"""Write a config with the reason for each recommended setting at its top; return the command that trains with it.
+
+    Raises `UserError` if it cannot be written.
+    """
+    head = [f"# {name}: {entry['value']} ({entry['status']}): {entry['reason']}\n" for name, entry in advice.items()]
+    write_atomically(path, "# Written by `python -m dvr1_lite pilot`; the settings that it recommends, and why:\n"
+                     + "".join(head) + "\n" + to_yaml(replace(config, out=f"runs/{path.stem}")))
+    return f"python -m dvr1_lite train --config {path}" + (f" --reward {config.reward}" if config.reward else "")

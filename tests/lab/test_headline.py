@@ -1,0 +1,50 @@
+r"""The two headline comparisons on recorded runs that are written by hand."""
+
+import json
+
+import matplotlib
+import pytest
+
+matplotlib.use("Agg")
+
+from dvr1_lite.lab import headline
+from dvr1_lite.lab.tables import CELL_SUCCESS, EXPERIMENTS, VARIANTS
+
+
+def record(results, name, runs):
+    r"""Write recorded runs, (row, seed) -> content, and the aggregate.json that names them."""
+    (results / name).mkdir()
+    used = {}
+    for i, ((row, seed), content) in enumerate(runs.items()):
+        (results / name / f"{i}.json").write_text(json.dumps(content))
+        used.setdefault(row, {})[str(seed)] = f"{name}/{i}.json"
+    (results / name / "aggregate.json").write_text(json.dumps({"runs": used}))
+
+
+def cell_run(sampled):
+    return {"rollouts": 4800, "curve": {"rollouts": [1600, 4800], "accuracy": [0.0, 0.9]},
+            "sampled": {"cell": {"accuracy": sampled}}, "accuracy": {"cell": {"accuracy": 1.0}}}
+
+
+def test_the_phase_table_has_means_learned_runs_and_areas_by_hand(tmp_path):
+    predicted = {cell: dict.fromkeys(VARIANTS, 0.5) for cell in CELL_SUCCESS}
+    (tmp_path / "predictions.json").write_text(json.dumps(predicted))
+    record(tmp_path, "phase_F3", {("plain", 0): cell_run(0.2), ("plain", 1): cell_run(0.6), ("mixed", 0): cell_run(0.9)})
+    table = headline.cell_table(tmp_path).set_index("variant")
+    assert list(table["cell"]) == ["F3", "F3"] and table.loc["plain", "mean"] == pytest.approx(0.4)
+    assert table.loc["plain", "learned"] == "1 of 2" and table.loc["mixed", "learned"] == "1 of 1"
+    assert table.loc["plain", "area"] == pytest.approx(0.6)  # 0 over 1,600 rollouts, 0.9 over 3,200
+    assert len(headline.cell_figure(tmp_path).axes) == 1
+
+
+def test_robustness_is_the_worst_the_median_and_the_share_near_the_best(tmp_path):
+    rows = [row.name for row in EXPERIMENTS["robust"].rows if row.name.startswith("GRPO;")]
+    accuracies = [0.1, 0.5, 0.6, 0.7, 0.75, 0.78, 0.79, 0.80, 0.80]
+    runs = {(row, 0): {"sampled": {"L1": {"accuracy": value}, "L2": {"accuracy": value}}}
+            for row, value in zip(rows, accuracies, strict=True)}
+    incomplete = next(row.name for row in EXPERIMENTS["robust"].rows if row.name.startswith("Reg-GRPO, eps 0.1;"))
+    record(tmp_path, "robust", runs | {(incomplete, 0): runs[rows[0], 0]})
+    table = headline.robust_table(tmp_path).set_index("figure")
+    assert set(table["method"]) == {"GRPO"} and table.loc["worst", "mean"] == 0.1
+    assert table.loc["median", "mean"] == 0.75 and table.loc["near the best", "mean"] == pytest.approx(4 / 9)
+    assert len(headline.robust_figure(tmp_path).axes) == 3
