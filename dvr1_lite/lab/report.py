@@ -214,7 +214,8 @@ def claims_of(experiment: Experiment, found: Mapping | None) -> list[Claim]:
         key, sign = experiment.outcomes.get(pair, (None, 1))
         text = f"{pair[0]} over {pair[1]}" + (f": {'higher' if sign > 0 else 'lower'} {OUTCOMES[key]}" if key else "")
         if pair not in known:
-            claims.append(Claim(name, text, NOT_TESTED, f"python -m dvr1_lite reproduce {experiment.name}"))
+            claims.append(Claim(name, text, NOT_TESTED, f"python -m dvr1_lite reproduce {experiment.name}",
+                                repeats=_first_table(experiment, pair)))
             continue
         cell, scale = (known[pair]["training"][key], 100 * sign) if key else (known[pair]["mean"], 1)
         interval, by_clip = (ends and sorted(scale * end for end in ends)
@@ -337,7 +338,8 @@ def report(names: Sequence[str], out: str | Path) -> list[Path]:
         board = scoreboard(results)
         head = "## The paper's claims\n\nIn points, above 0 in favour of the claim; 95 %; see PROTOCOL.md.\n\n"
         write_atomically(results / "claims.md", head + markdown(claims_frame(board)))
-        figures[results / "claims.png"] = claims_figure(board, "The paper's claims, tested here")
+        if any(claim.effect is not None for claim in board):
+            figures[results / "claims.png"] = claims_figure(board, "The paper's claims, tested here")
         if any(name.startswith("phase") for name in chosen):
             figures[results / "when_hints_help.png"] = cell_figure(results)
         if "robust" in chosen:

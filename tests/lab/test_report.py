@@ -81,14 +81,14 @@ def test_recorded_aggregates_are_recomputed_from_their_runs(name, copy):
 
 def test_report_writes_tables_figures_and_claims_from_recorded_files_alone(copy, capsys):
     for name in [path.parent.name for path in copy.glob("*/aggregate.json")]:
-        if name not in ("table4", "figure3"):
+        if name not in ("phase_F3", "phase_A3"):
             (copy / name / "aggregate.json").unlink()
     written = report.report([], copy)
     assert {path.relative_to(copy).as_posix() for path in written} == {
-        "claims.png", "figure3/curves.png", *(f"{name}/{kind}.png" for name in ("table4", "figure3")
-                                              for kind in ("accuracy", "differences"))}
-    assert all(path.stat().st_size > 5000 for path in written) and capsys.readouterr().out.startswith("## table4")
-    assert "| Table 4 | GRPO + DA over GRPO | opposite sign here |" in (copy / "claims.md").read_text()
+        "when_hints_help.png", *(f"{name}/{kind}.png" for name in ("phase_F3", "phase_A3")
+                                 for kind in ("accuracy", "differences"))}
+    assert all(path.stat().st_size > 5000 for path in written) and capsys.readouterr().out.startswith("## phase_F3")
+    assert "| Table 4 | GRPO + DA over GRPO | not tested |" in (copy / "claims.md").read_text()
     with pytest.raises(ConfigError, match="reproduce table5"):
         report.report(["table5"], copy)
 
@@ -148,6 +148,16 @@ def test_every_claim_is_on_the_board_and_a_shared_comparison_is_drawn_once():
                        ("Table 8", "adaptive over none"): "Table 4"}
     drawn = [label.get_text() for label in report.claims_figure(board).axes[0].get_yticklabels()]
     assert len(drawn) == len(set(drawn)) == sum(c.effect is not None and not c.repeats for c in board)
+
+
+def test_a_claim_of_the_phase_diagram_repeats_no_table_and_its_title_keeps_the_cell():
+    claims = report.claims_of(EXPERIMENTS["phase_F3"], None)  # GRPO against GRPO + DA, as in table 4, on other questions
+    assert [claim.paper for claim in claims] == ["Phase F3"] * 5 and not any(claim.repeats for claim in claims)
+
+
+def test_a_difference_of_90_points_lies_inside_the_figure():
+    claims = [report.Claim("Phase F3", "mixed over plain", "undecided here", effect=90.0, interval=(-700.0, 880.0), seeds=2)]
+    assert report.claims_figure(claims).axes[0].get_xlim() == pytest.approx((-110, 110))
 
 
 def test_a_claim_of_less_is_positive_when_it_is_less():

@@ -32,22 +32,22 @@ def recorded():
     return read_runs(RESULTS)
 
 
-@pytest.mark.parametrize("name", ["table4", "table8", "hint_update"])
+@pytest.mark.parametrize("name", ["phase_F3", "phase_F4", "phase_A3"])
 def test_recorded_runs_are_found_by_todays_plan(name, recorded):
     used = json.loads((RESULTS / name / "aggregate.json").read_text(encoding="utf-8"))["runs"]
     runs = plan(EXPERIMENTS[name], 1, read_settings(RESULTS))
     prints = fingerprints(runs[0].config)
     for run in runs:
         found = {str(seed): file for seed, file in recorded_seeds(run, prints, recorded).items()}
-        assert found == used[run.row] and len(found) >= 5
+        assert found == used[run.row] and found
         old = recorded[used[run.row]["0"]]
         assert base_key(run.config, prints, run.sampled_limit) == old["base"] and old["inputs"] == prints
         assert recorded_seeds(run, prints | {"model": "another"}, recorded) == {}
 
 
 def test_recorded_runs_can_be_made_again_from_their_config_and_name_no_folder(recorded):
-    assert len(recorded) > 200
-    for name, run in list(recorded.items())[::12]:
+    assert len(recorded) >= 18
+    for name, run in list(recorded.items())[::4]:
         assert same_config(run["config"], make_config(run["config"]))
         assert not re.search(r'"(/|[A-Z]:\\\\|~)', (RESULTS / name).read_text(encoding="utf-8"))
 
@@ -70,13 +70,16 @@ def test_a_changed_config_is_another_run_and_other_questions_are_another_base():
 
 
 def test_settings_are_chosen_by_the_tuning_split_alone():
-    def run(rate, beta, accuracy):
-        return {"method": "grpo", "config": {"learning_rate": rate, "beta": beta},
-                "accuracy": {"tune": {"accuracy": accuracy}}}
+    def run(rate, beta, accuracy, **config):
+        config = {"method": "grpo", "learning_rate": rate, "beta": beta, "augment": "none"} | config
+        return {"method": "grpo", "config": config, "accuracy": {"tune": {"accuracy": accuracy}}}
 
-    chosen = choose_settings([run(1e-3, 0.1, 0.5), run(1e-3, 0.1, 0.7), run(3e-3, 0.1, 0.6), run(1e-3, 0.4, 0.6)])
+    hinted = {"augment": "both", "hint_update": "hinted", "hint_max": 0.6, "noise_scale": 1.5}
+    chosen = choose_settings([run(1e-3, 0.1, 0.5), run(1e-3, 0.1, 0.7), run(3e-3, 0.1, 0.6), run(1e-3, 0.4, 0.6),
+                              run(1e-4, 0.4, 0.8, **hinted), run(1e-4, 0.4, 0.9, **hinted | {"hint_max": 1.0})])
     assert chosen["grpo"]["chosen"] == {"learning_rate": 1e-3, "beta": 0.4}  # all at 0.6: smaller rate, larger weight
-    assert chosen["grpo"]["grid"][0] == {"learning_rate": 1e-3, "beta": 0.1, "accuracy": 0.6, "seeds": 2}
+    assert chosen["grpo"]["grid"][1] == {"learning_rate": 1e-3, "beta": 0.1, "accuracy": 0.6, "seeds": 2}
+    assert chosen["grpo, hinted"]["chosen"] == {"learning_rate": 1e-4, "hint_max": 1.0, "noise_scale": 1.5}
 
 
 def test_curves_are_thinned_by_hand():
