@@ -5,6 +5,7 @@ r"""What the model families share and where they differ: a prompt's text and pos
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -22,45 +23,24 @@ NEVER_SAMPLED = ("<|im_start|>", START, END, "<|vision_pad|>", "<|image_pad|>", 
 
 @dataclass(frozen=True)
 class Family:
-    r"""A model family in which a video is one block of visual tokens: Qwen2-VL, and Qwen2.5-VL.
+    r"""What a family of models has of its own.
 
-    model_class: its name in transformers. mean, std: of the pixels, where a checkpoint does not give them.
-    words_per_grid: text tokens of a video beside its visual tokens, about so many for each grid time.
+    model_class: its name in transformers. frames_apart: each grid time of a video is a block of visual tokens behind
+    its second in words (Qwen3-VL), else the video is one block (Qwen2-VL, Qwen2.5-VL). words_per_grid: about how many
+    text tokens that takes for each grid time. mean, std: of the pixels, where a checkpoint does not give them.
     """
 
     model_class: str
+    frames_apart: bool = False
+    words_per_grid: int = 0
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
-    words_per_grid: int = 0
-
-    def layout(self, part: VisualPart, before: str, after: str, own_code: bool) -> list[str | VisualPart]:
-        r"""List what a part is in the prompt: texts, and blocks of adjacent visual tokens, each with its grid.
-
-        before, after: the vision tokens that the chat template has around it. own_code: as the code that the checkpoint
-        was published with writes it, where transformers 5 differs.
-        """
-        return [before, part, after]
-
-
-class FramesApart(Family):
-    r"""A model family in which each grid time of a video is a block, behind its second in words: Qwen3-VL.
-
-    Transformers 5 keeps the template's pair of vision tokens around the whole video; the code that the checkpoints were
-    published with (transformers 4.57) and vLLM leave it out (https://github.com/vllm-project/vllm/issues/46817).
-    """
-
-    def layout(self, part: VisualPart, before: str, after: str, own_code: bool) -> list[str | VisualPart]:
-        if part.kind != "video":
-            return super().layout(part, before, after, own_code)
-        frame = replace(part, grid=(1, *part.grid[1:]))
-        pieces = [piece for moment in part.moments for piece in (f"<{moment:.1f} seconds>{START}", frame, END)]
-        return pieces if own_code else [before, *pieces, after]
 
 
 FAMILIES = {
     "qwen2_vl": Family("Qwen2VLForConditionalGeneration"),
     "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration"),
-    "qwen3_vl": FramesApart("Qwen3VLForConditionalGeneration", (0.5,) * 3, (0.5,) * 3, words_per_grid=9),
+    "qwen3_vl": Family("Qwen3VLForConditionalGeneration", True, 9, (0.5,) * 3, (0.5,) * 3),
 }
 
 
@@ -105,8 +85,11 @@ def build_prompt(tokenizer, config, merge_size: int, after_video: str, path: str
                  features: Features) -> Prompt:
     r"""Build the user turn (visual parts, then text) with the tokenizer's chat template, one token a visual feature.
 
-    config: the checkpoint's; path: its name, for errors. Raises RecordError if the text itself spells one of the
-    model's control tokens, ModelError if the template fails or does not place the visual parts.
+    config: the checkpoint's; path: its name, for errors. after_video: see `rope_positions`. Where frames stand apart,
+    transformers 5 keeps the template's vision tokens around the whole video ("grid"); transformers 4.57, with which the
+    checkpoints were published, does not ("max"; see https://github.com/vllm-project/vllm/issues/46817). Raises
+    RecordError if the text itself spells one of the model's control tokens, ModelError if the template fails or does
+    not place the visual parts.
     """
     for word in (*NEVER_SAMPLED, tokenizer.eos_token, tokenizer.pad_token):
         if word in text:
@@ -121,43 +104,35 @@ def build_prompt(tokenizer, config, merge_size: int, after_video: str, path: str
                          f"download the checkpoint again") from error
     pads = {config.video_token_id: "video", config.image_token_id: "image"}
     words = dict(zip(tokenizer.convert_ids_to_tokens(list(pads)), pads.values()))
-    placed = re.compile("({})?({})({})?".format(re.escape(START), "|".join(map(re.escape, words)), re.escape(END)))
-    if [words[match[2]] for match in placed.finditer(rendered)] != kinds:
+    # the text before the first visual part, then of each: START or None, its pad token, END or None, the text behind it
+    start, *rest = re.split(f"({re.escape(START)})?({'|'.join(map(re.escape, words))})({re.escape(END)})?", rendered)
+    if [words[pad] for pad in rest[1::4]] != kinds:
         raise ModelError(f"the chat template of {path} does not place the visual parts {kinds} in order, one pad token "
                          f"each: use the checkpoint's own template")
-    parts, blocks = iter(features.parts), []
-
-    def write(match: re.Match) -> str:
-        layout = FAMILIES[config.model_type].layout(next(parts), match[1] or "", match[3] or "", after_video == "max")
-        blocks.extend(piece for piece in layout if isinstance(piece, VisualPart))
-        return "".join(piece if isinstance(piece, str) else match[2] * piece.tokens(merge_size) for piece in layout)
-
-    ids = tokenizer(placed.sub(write, rendered), add_special_tokens=False)["input_ids"]
+    written, blocks = [start], []
+    for part, before, pad, after, behind in zip(features.parts, *[iter(rest)] * 4):
+        apart = FAMILIES[config.model_type].frames_apart and part.kind == "video"
+        count = part.grid[0] if apart else 1
+        blocks += [replace(part, grid=(part.grid[0] // count, *part.grid[1:]))] * count
+        shown = pad * (len(part.embeds) // count)
+        if apart:
+            shown = "".join(f"<{moment:.1f} seconds>{START}{shown}{END}" for moment in part.moments)
+        bare = apart and after_video == "max"
+        written += [shown, behind] if bare else [before or "", shown, after or "", behind]
+    ids = tokenizer("".join(written), add_special_tokens=False)["input_ids"]
     if sum(map(pads.__contains__, ids)) != sum(len(part.embeds) for part in features.parts):
-        raise ModelError(f"the tokenizer of {path} does not write one pad token for each visual feature: use the "
-                         f"checkpoint's own tokenizer, and clips with one second a frame")
-    waiting, pieces = iter(blocks), []
+        raise ModelError(f"the tokenizer of {path} does not write one pad token for each visual feature, or a clip has "
+                         f"fewer seconds than frames: use the checkpoint's own tokenizer, and `read_clip`")
+    pieces = []
     for visual, run in groupby(ids, pads.__contains__):
         count = len(list(run))
         pieces += [] if visual else [count]
         while visual and count > 0:
-            pieces.append(next(waiting))
-            count -= pieces[-1].tokens(merge_size)
+            pieces.append(blocks.pop(0))
+            count -= math.prod(pieces[-1].grid) // merge_size**2
     tokens_per_second = getattr(config.vision_config, "tokens_per_second", None)
     positions, following = rope_positions(pieces, merge_size, tokens_per_second, after_video)
     return Prompt(text, torch.tensor(ids), features, positions, following)
-
-
-def insert_features(embeds: torch.Tensor, ids: torch.Tensor, config, parts: list[VisualPart]
-                    ) -> tuple[torch.Tensor, dict]:
-    r"""Put visual parts, in order, at the visual tokens of ids (B, P) in embeds (B, P, H); return the embeddings and
-    what else the language model takes: with deepstack, the states that its first layers add at the same places."""
-    if not parts:
-        return embeds, {}
-    places = (ids == config.video_token_id) | (ids == config.image_token_id)
-    embeds = embeds.masked_scatter(places[..., None], torch.cat([part.embeds for part in parts]).to(embeds))
-    deep = [torch.cat(layer).to(embeds) for layer in zip(*(part.deep for part in parts), strict=True)]
-    return embeds, {"visual_pos_masks": places, "deepstack_visual_embeds": deep} if deep else {}
 
 
 def banned_tokens(tokenizer, config, vocabulary: int) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -35,10 +34,6 @@ class VisualPart:
     seconds_per_grid: float = 1.0
     moments: tuple[float, ...] = ()
     deep: tuple[torch.Tensor, ...] = ()
-
-    def tokens(self, merge_size: int) -> int:
-        r"""Count the visual tokens of the grid, of which each stands for merge_size x merge_size patches."""
-        return math.prod(self.grid) // merge_size**2
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from transformers import DynamicCache
 from .config import VideoConfig
 from .data import Record
 from .errors import ConfigError, ModelError
-from .families import Prompt, banned_tokens, build_prompt, insert_features
+from .families import Prompt, banned_tokens, build_prompt
 from .features import FeatureCache, Features, VisualPart, encoder_digest
 from .loading import LoraSettings, load_model
 from .video import Clip, patchify, read_clip, read_image
@@ -148,11 +148,9 @@ class Policy:
         r"""Return the parameters that an optimizer may change, in the model's order."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    @contextlib.contextmanager
-    def reference(self) -> Iterator[None]:
+    def reference(self) -> contextlib.AbstractContextManager:
         r"""Within it the policy is the reference: the base model, the adapter off (also one that was loaded)."""
-        with self.model.disable_adapter() if hasattr(self.model, "peft_config") else contextlib.nullcontext():
-            yield
+        return self.model.disable_adapter() if hasattr(self.model, "peft_config") else contextlib.nullcontext()
 
     # --- clips and prompts -------------------------------------------------------------------------------------------
 
@@ -173,16 +171,13 @@ class Policy:
     @torch.no_grad()
     def _encode_part(self, kind: str, frames: torch.Tensor, clip: Clip | None = None) -> VisualPart:
         patches, grid = patchify(frames, **self.preprocessing)
-        if not self.visual.training:
-            self.model.train()
         patches = patches.to(self.device, self.visual.patch_embed.proj.weight.dtype)
         encoded = self.visual(patches, grid_thw=grid[None].to(self.device))
         tensors = [getattr(encoded, "pooler_output", encoded), *getattr(encoded, "deepstack_features", ())]
         embeds, *deep = [x.to(self.language.embed_tokens.weight.dtype) for x in tensors]
         seconds, size = clip.seconds if clip else [], self.preprocessing["temporal_patch_size"]
-        moments = [(seconds[k] + seconds[k:k + size][-1]) / 2 for k in range(0, len(seconds), size)]
-        return VisualPart(kind, embeds, tuple(grid.tolist()), size / clip.fps if clip else 1.0, tuple(moments),
-                          tuple(deep))
+        moments = tuple((seconds[k] + seconds[k:k + size][-1]) / 2 for k in range(0, len(seconds), size))
+        return VisualPart(kind, embeds, tuple(grid.tolist()), size / clip.fps if clip else 1.0, moments, tuple(deep))
 
     def prompt(self, text: str, features: Features = Features()) -> Prompt:
         r"""Build the user turn (visual parts, then text) as the model's family does; see `families.build_prompt`."""
@@ -196,7 +191,7 @@ class Policy:
         r"""Run embeddings (N, L, H) at positions (3, N, L) through the language model; the final states (N, L, H).
 
         mask: bool (N, 1, L, keys), true where a token may attend; None: causal. cache: sees every layer's new keys
-        and values, and returns those to attend to. visual: see `families.insert_features`.
+        and values, and returns those to attend to. visual: what deepstack adds to the first layers, and where.
         """
         return self.language(inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=True,
                              **{self._cache_name: cache}, **visual).last_hidden_state
@@ -213,7 +208,12 @@ class Policy:
         ids, positions = ids.to(self.device), positions.to(self.device)
         real = torch.arange(longest, device=self.device) >= longest - lengths[:, None]  # (B, P)
         parts = [part for prompt in prompts for part in prompt.features.parts]
-        embeds, visual = insert_features(self.language.embed_tokens(ids), ids, self.config, parts)
+        embeds, visual = self.language.embed_tokens(ids), {}
+        if parts:
+            places = (ids == self.config.video_token_id) | (ids == self.config.image_token_id)
+            embeds = embeds.masked_scatter(places[..., None], torch.cat([part.embeds for part in parts]).to(embeds))
+            deep = [torch.cat(layer).to(embeds) for layer in zip(*(part.deep for part in parts))]
+            visual = {"visual_pos_masks": places, "deepstack_visual_embeds": deep} if deep else {}
         causal = torch.ones(longest, longest, dtype=torch.bool, device=self.device).tril()
         itself = torch.eye(longest, dtype=torch.bool, device=self.device)  # a padding token attends to itself alone
         mask = None if bool(real.all()) else (causal & real[:, None, None, :]) | itself

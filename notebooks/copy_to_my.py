@@ -1,9 +1,10 @@
-"""Copy the notebooks to notebooks/my/, without outputs, for your own answers: python notebooks/copy_to_my.py
+"""Copy the notebooks and the assignment to notebooks/my/, without outputs: python notebooks/copy_to_my.py
 
-Git and the tests leave that folder alone. A notebook that is there already is kept; --again replaces it.
+Write your own answers there; git and the tests ignore that folder. A copy that exists is kept unless --replace is given.
 """
 
 import argparse
+import os
 import re
 from pathlib import Path
 
@@ -13,21 +14,24 @@ FOLDER = Path(__file__).resolve().parent
 LINK = re.compile(r"\]\(([^()\s#]+)")  # of Markdown, to a page or a picture
 
 
-def from_below(text: str) -> str:
-    """Markdown whose links to pictures, code and solutions work one folder deeper; numbered notebooks are copied too."""
-    def deeper(found: re.Match) -> str:
-        copied = re.fullmatch(r"\d\d_[^/]*\.ipynb", found[1])
-        return f"](../{found[1]}" if (FOLDER / found[1]).exists() and not copied else found[0]
+def links_from_my(text: str, folder: Path) -> str:
+    """Return the Markdown of a page in `folder` with links that work from notebooks/my/, where numbered notebooks are."""
+    def rewrite(found: re.Match) -> str:
+        target = (folder / found[1]).resolve()
+        if not target.exists():
+            return found[0]
+        copied = target.parent == FOLDER and re.fullmatch(r"\d\d[a-z]?_.*\.ipynb", target.name)
+        return f"]({target.name if copied else Path(os.path.relpath(target, FOLDER / 'my')).as_posix()}"
 
-    return LINK.sub(deeper, text)
+    return LINK.sub(rewrite, text)
 
 
 def without_outputs(path: Path) -> nbformat.NotebookNode:
-    """The notebook as it is before its first run, for the folder below its own."""
+    """Return a notebook as it is before its first run, with links that work from notebooks/my/."""
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = from_below(cell.source)
+            cell.source = links_from_my(cell.source, path.resolve().parent)
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     return notebook
@@ -35,10 +39,10 @@ def without_outputs(path: Path) -> nbformat.NotebookNode:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--again", action="store_true", help="replace copies, with the answers in them")
-    replace = parser.parse_args().again
+    parser.add_argument("--replace", action="store_true", help="replace copies, with the answers in them")
+    replace = parser.parse_args().replace
     (FOLDER / "my").mkdir(exist_ok=True)
-    for path in sorted(FOLDER.glob("[0-9]*.ipynb")):
+    for path in [*sorted(FOLDER.glob("[0-9]*.ipynb")), FOLDER / "teaching" / "ASSIGNMENT.ipynb"]:
         copy = FOLDER / "my" / path.name
         if copy.exists() and not replace:
             print(f"kept   {copy.relative_to(FOLDER.parent)}")

@@ -1,8 +1,8 @@
-"""The one table that ties the paper to this project: python notebooks/paper_map.py writes it into notebook 00.
+"""Two tables of notebook 00, written into it by python notebooks/paper_map.py: the map of the paper, and the plan.
 
-Each row names what the paper prints, where the notebooks explain it, the code, and a test that holds the code to it.
-`tests/notebooks/test_paper_map.py` checks that all of these exist. Sections are looked up in the notebooks, not written
-here.
+Each row of the map names what the paper prints, where the notebooks explain it, the code, and a test that holds the code
+to it. Sections are looked up in the notebooks, not written here. The plan has the reading time of every notebook, by
+its words and code cells. `tests/notebooks/test_paper_map.py` checks that everything named here exists.
 """
 
 import re
@@ -12,12 +12,22 @@ from pathlib import Path
 import nbformat
 
 FOLDER = Path(__file__).resolve().parent
-START = FOLDER / "00_start_here.ipynb"
-HEADING = "## 5. The map (Core)"  # of the cell that holds the table
-NOTEBOOKS = {number: name for number, name in (
-    ("00", "00_start_here.ipynb"), ("01", "01_grpo_vanishing_advantages.ipynb"),
-    ("02", "02_deriving_reg_grpo.ipynb"), ("03", "03_difficulty_aware_augmentation.ipynb"),
-    ("04", "04_qlora_video_llm.ipynb"), ("05", "05_reproducing_the_tables.ipynb"))}
+NOTEBOOKS = {path.name.partition("_")[0]: path.name for path in sorted(FOLDER.glob("[0-9]*_*.ipynb"))}
+START = FOLDER / NOTEBOOKS["00"]
+HEADING = "## 7. The map (Deeper)"  # of the cell that holds the map
+PLAN_HEADING = "## 5. Which notebook for which reader (Core)"  # and of the cell that holds the plan
+WORDS_A_MINUTE, MINUTES_A_CELL = 200, 1
+TOPICS = {
+    "00": "what the paper claims, what a reward is, which groups teach nothing",
+    "01": "GRPO in 60 lines; why its loss reads 0",
+    "02": "where Reg-GRPO's loss comes from, and what it measures",
+    "03": "hints and noise: when they help, when they harm",
+    "03b": "hints to the rescue, which words to show, students of other models",
+    "04": "the training step of a video model, opened",
+    "05": "the paper's tables beside ours, with intervals",
+    "06": "a configuration for your GPU",
+    "07": "your own clips, from a folder to an adapter",
+}
 
 
 @dataclass(frozen=True)
@@ -105,8 +115,7 @@ def section(row: Row) -> str | None:
 
     A cell with the equation's own tag, then a heading, counts before one that only speaks of it.
     """
-    path = FOLDER / NOTEBOOKS[row.notebook]
-    cells = nbformat.read(str(path), as_version=4).cells if path.exists() else []
+    cells = nbformat.read(FOLDER / NOTEBOOKS[row.notebook], as_version=4).cells
     for where in (r"\\tag\{[^}]*\}", r"(?m)^##+ .*$", r"(?s).+"):
         current = ""
         for cell in cells:
@@ -126,28 +135,53 @@ def line(row: Row) -> str:
     folder, tests, test = row.test.split(".")
     where, again = section(row), f" (again {row.again})" if row.again else ""
     place = f"{row.notebook}, section {where}" if where else row.notebook
-    if (FOLDER / NOTEBOOKS[row.notebook]).exists():
-        place = f"[{place}]({NOTEBOOKS[row.notebook]})"
+    place = f"[{place}]({NOTEBOOKS[row.notebook]})"
     return (f"| {row.paper}{again} | {row.what} | {place} "
             f"| [`{module}`](../dvr1_lite/{module.replace('.', '/')}.py) `.{name}` "
             f"| [`{tests}`](../tests/{folder}/test_{tests}.py) `{test.removeprefix('test_').replace('_', ' ')}` |")
 
 
-def markdown() -> str:
-    """The table as it stands in notebook 00."""
+def map_table() -> str:
+    """The map as it stands in notebook 00."""
     head = ["| paper | what | explained in | code | held by the test |", "| --- | --- | --- | --- | --- |"]
     return "\n".join(head + [line(row) for row in ROWS])
 
 
-def table_cell(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The cell of notebook 00 that holds the table."""
-    return next(cell for cell in notebook.cells if cell.source.startswith(HEADING))
+def reading_minutes(path: Path) -> dict[str, int]:
+    """Minutes for the "Core" and the "Deeper" sections of a notebook: words at 200 a minute, a minute a code cell.
+
+    The set-up cell, exercises and what follows them are not counted; what stands before section 1 is Core.
+    """
+    minutes, part = {"Core": 0.0, "Deeper": 0.0, "": 0.0}, "Core"
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code" and "setup" not in cell.metadata.get("tags", []):
+            minutes[part] += MINUTES_A_CELL
+        for piece in re.split(r"(?m)^(?=## )", cell.source) if cell.cell_type == "markdown" else ():
+            if piece.startswith("## "):
+                part = (re.findall(r"Core|Deeper", piece.split("\n")[0]) or [""])[0]
+            minutes[part] += len(piece.split()) / WORDS_A_MINUTE
+    return {name: round(minutes[name]) for name in ("Core", "Deeper")}
+
+
+def plan_table() -> str:
+    """The plan as it stands in notebook 00; minutes are rounded to five."""
+    lines = ["| notebook | you find out | Core, minutes | Deeper, minutes |", "| --- | --- | --- | --- |"]
+    for number, name in NOTEBOOKS.items():
+        core, deeper = (5 * round(minutes / 5) for minutes in reading_minutes(FOLDER / name).values())
+        lines.append(f"| [{number}]({name}) | {TOPICS[number]} | {core} | {deeper or '-'} |")
+    return "\n".join(lines)
+
+
+def table_cell(notebook: nbformat.NotebookNode, heading: str = HEADING) -> nbformat.NotebookNode:
+    """The cell of notebook 00 that begins with a heading and holds a table."""
+    return next(cell for cell in notebook.cells if cell.source.startswith(heading))
 
 
 def main() -> None:
     notebook = nbformat.read(START, as_version=4)
-    cell = table_cell(notebook)
-    cell.source = re.sub(r"(?m)(?:^\|.*\n?)+", lambda _: markdown() + "\n", cell.source)
+    for heading, table in ((HEADING, map_table()), (PLAN_HEADING, plan_table())):
+        cell = table_cell(notebook, heading)
+        cell.source = re.sub(r"(?m)(?:^\|.*\n?)+", lambda _: table + "\n", cell.source, count=1)
     nbformat.write(notebook, START)
 
 

@@ -2,7 +2,7 @@
 
     python notebooks/save_outputs.py                       all of them
     python notebooks/save_outputs.py notebooks/02_*.ipynb  some
-    python notebooks/save_outputs.py --address             no running: only write the address wherever it stands
+    python notebooks/save_outputs.py --address             run nothing: only write the address of pyproject.toml
 
 Saved are outputs and execution counts; times, versions and the kernel's own name are not, so that a second run changes
 nothing. Cell metadata stay, among them the hidden outputs of cells that answer a prediction.
@@ -28,20 +28,53 @@ KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name
           "language_info": {"name": "python"}}
 CELL_METADATA = ("tags", "jupyter")  # all that a cell keeps
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+SETUP = '''# Finds the project in a folder above; on Colab, downloads it first.
+# In a fork, change this line: the address of a branch or tag on GitHub.
+ADDRESS = "{address}"
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY, TAG = ADDRESS.split("/tree/")
+
+
+def root():
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents, here / "dvr1")
+                 if (folder / "dvr1_lite").is_dir()), None)
+
+
+if "google.colab" in sys.modules:
+    if root() is None and subprocess.run(
+            ["git", "clone", "--quiet", "--depth=1", f"--branch={{TAG}}",
+             REPOSITORY, "dvr1"]).returncode:
+        raise SystemExit("Check the network and ADDRESS, then run this again.")
+    os.chdir(root() / "notebooks")
+    subprocess.run([sys.executable, "install_missing.py"], check=True)
+if root() is None:
+    raise SystemExit(f"Clone {{REPOSITORY}}, open this notebook in it.")
+sys.path[:0] = [str(root()), str(root() / "notebooks")]'''
 
 
 def notebooks() -> list[Path]:
-    """The notebooks of the project, solutions included, in reading order."""
-    return sorted(FOLDER.glob("[0-9]*.ipynb")) + sorted((FOLDER / "solutions").glob("*.ipynb"))
+    """Return the notebooks of the project in reading order, then the solutions and the graded assignment."""
+    folders = (FOLDER.glob("[0-9]*.ipynb"), (FOLDER / "solutions").glob("*.ipynb"), (FOLDER / "teaching").glob("*.ipynb"))
+    return [path for folder in folders for path in sorted(folder)]
 
 
 def address() -> dict[str, str]:
-    """`repository` and `tag` from pyproject.toml, the one place where they stand."""
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["dvr1"]
+    """Return `repository` and `tag`, read from the one line of pyproject.toml that a fork changes."""
+    text = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["dvr1"]["address"]
+    repository, found, tag = text.partition("/tree/")
+    if not found or not tag:
+        raise SystemExit(f"pyproject.toml: the address {text!r} has no branch or tag; write .../OWNER/NAME/tree/TAG")
+    return {"repository": repository, "tag": tag}
 
 
 def badge(path: Path) -> str:
-    """The Colab badge of a notebook, as Markdown."""
+    """Return the Colab badge of a notebook, as Markdown."""
     where = address()
     repository = where["repository"].removeprefix("https://github.com/")
     inside = path.resolve().relative_to(ROOT).as_posix()
@@ -49,18 +82,17 @@ def badge(path: Path) -> str:
 
 
 def write_address(notebook: nbformat.NotebookNode, path: Path) -> None:
-    """Put the address into the badge (first line of the first cell) and into the cells tagged `setup`."""
+    """Write the badge (first line of the first cell) and the cell tagged `setup`, both with the project's address."""
     first = notebook.cells[0]
     lines = first.source.split("\n")
     first.source = "\n".join([badge(path)] + lines[1 if lines[0].startswith(BADGE) else 0:])
     for cell in notebook.cells:
         if "setup" in cell.metadata.get("tags", []):
-            for name, value in address().items():
-                cell.source = re.sub(rf'(?m)^{name.upper()} = ".*"$', f'{name.upper()} = "{value}"', cell.source)
+            cell.source = SETUP.format(address="{repository}/tree/{tag}".format(**address()))
 
 
 def address_in_pages(name: str, text: str) -> str:
-    """The text of README.md or CITATION.cff with the address in its Colab links, or as repository and version."""
+    """Return README.md or CITATION.cff with the address in its Colab links, or as repository and version."""
     where = address()
     if name == "README.md":
         links = where["repository"].replace("https://github.com/", "https://colab.research.google.com/github/")

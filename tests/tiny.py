@@ -54,7 +54,13 @@ def write_model(folder: Path, family: str = "qwen2_5_vl", *, seed: int = 0, hidd
     vision = {"depth": 2, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
     special = {"image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
                "vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"]}
-    if family == "qwen2_5_vl":
+    if family == "qwen3_vl":
+        vision |= {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": hidden, "depth": 3,
+                   "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}
+        text |= {"head_dim": hidden // heads}
+        text["rope_parameters"]["mrope_interleaved"] = True
+        config, kind = hf.Qwen3VLConfig, hf.Qwen3VLForConditionalGeneration
+    elif family == "qwen2_5_vl":
         vision |= {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": hidden, "window_size": 56,
                    "fullatt_block_indexes": [1], "tokens_per_second": 2}
         config, kind = hf.Qwen2_5_VLConfig, hf.Qwen2_5_VLForConditionalGeneration

@@ -178,11 +178,11 @@ def measure_step(trainer: Trainer, groups: Sequence[Group], questions: int) -> d
     text = max(len(group.prompt.input_ids) - sum(len(part.embeds) for part in group.prompt.features.parts)
                for group in groups)
     predicted = memory.predict(config, image=any(group.record.image for group in groups), text_tokens=text)
+    measured = torch.cuda.max_memory_allocated() / memory.GB if predicted.on_gpu else peak_memory_gb()
     answers = questions * config.eval_samples * (1 + config.eval_before)
     return {"step": {name: step[name] for name in ("seconds", "augmented")},
             "hours": {"steps": config.steps * step["seconds"]["total"] / 3600, "evaluation": answers * answer / 3600},
-            "memory_gb": {"measured": peak_memory_gb(), "predicted": predicted.needed / memory.GB,
-                          "on_gpu": predicted.on_gpu}}
+            "memory_gb": {"measured": measured, "predicted": predicted.peak / memory.GB, "on_gpu": predicted.on_gpu}}
 
 
 def describe(groups: Sequence[Group], group_size: int) -> dict:
@@ -238,9 +238,8 @@ def report(found: Mapping) -> str:
               f"{duration(found['hours']['evaluation'])} of evaluation, {duration(total)} together; from one step, in "
               f"which {plural(found['step']['augmented'], 'prompt')} got a hint or noise",
               f"memory                {found['memory_gb']['measured']:.1f} GB "
-              + ("on the GPU" if found["memory_gb"]["on_gpu"] else "of the process, libraries included") +
-              f"; predicted {found['memory_gb']['predicted']:.1f} GB"
-              + ("" if found["memory_gb"]["on_gpu"] else " of tensors"),
+              + ("of tensors on the GPU" if found["memory_gb"]["on_gpu"] else "of the process, libraries included") +
+              f"; predicted {found['memory_gb']['predicted']:.1f} GB of tensors",
               *(f"a completion, {name}: {' '.join(text.split())[:300]!r}"
                 for name, text in found["examples"].items() if text is not None),
               *(f"note: {note}" for note in found["notes"]),

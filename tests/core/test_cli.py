@@ -13,6 +13,7 @@ import pytest
 from dvr1_lite import __main__ as cli
 from dvr1_lite.config import TrainConfig
 from dvr1_lite.files import resolve
+from dvr1_lite.words import clips_needed, completion_in_words, plural, ranges
 from tests.small_run import write_world
 
 SMALL = ["--num-frames", "4", "--steps", "2", "--prompts-per-step", "2", "--group_size=3", "--max-new-tokens", "5",
@@ -79,10 +80,10 @@ def test_training_ends_with_the_change_its_figures_and_the_next_command(trained)
 def test_a_complete_run_is_not_repeated(run, capsys):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if "figures" not in path.parts}
     assert cli.main(["train", "--resume", str(run)]) == 0
-    printed = capsys.readouterr().out
-    assert "complete, all 2 steps; nothing was done. For a longer one" in printed and "val: " in printed
-    after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if "figures" not in path.parts}
-    assert {path for path in before if before[path] != after[path]} <= {run}  # drawing figures touches the folder
+    captured = capsys.readouterr()
+    assert captured.err == "" and captured.out.count("\n") == 1
+    assert captured.out.startswith(f"The run in {run} is complete, all 2 steps; nothing was done. For a longer one")
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if "figures" not in path.parts}
 
 
 def test_help_lists_every_field_with_unit_and_paper_value(capsys):
@@ -93,7 +94,11 @@ def test_help_lists_every_field_with_unit_and_paper_value(capsys):
     for field in fields(TrainConfig):
         assert f"--{field.name}" in printed, field.name
     assert printed.count("; paper: ") >= len(fields(TrainConfig))
-    assert "The objective: --method" in printed and "The run: --seed" in printed
+    assert "The objective: --beta" in printed and "The run: --seed" in printed
+    first = printed[printed.index("Used most: "):printed.index("The model: ")]
+    assert re.findall(r"--(\w+)(?![\w-])", first) == [
+        "help", "config", "card", "resume", "model", "train_file", "eval_files", "steps", "method", "learning_rate",
+        "out"]
     assert "--no_figures, --no-figures The same as --figures false." in printed
 
 
@@ -116,7 +121,7 @@ def test_every_command_has_help(command, capsys):
     (["--method", "ppo"], "reg-grpo"),
     (["--beta"], "expected one argument"),
     (["--config", "none.yaml"], "none.yaml cannot be read"),
-    (["--card", "7", "--config", "seed_bench_r1_qwen2_5_vl_3b"], "choose one of 16, 24, 80"),
+    (["--card", "7", "--config", "seed_bench_r1_qwen2_5_vl_3b"], "choose one of 15, 16, 24, 80"),
     (["extra"], "unknown config key 'extra'")])
 def test_mistakes_in_the_options_of_train_are_explained(arguments, expected, capsys):
     fails(capsys, ["train", *arguments], expected)
@@ -131,7 +136,7 @@ def test_none_and_empty_lists_can_be_given():
 
 def test_a_folder_that_holds_a_run_is_refused(run, capsys):
     fails(capsys, ["train", "--out", run], "already holds a run", "--resume", "another --out")
-    fails(capsys, ["train", "--resume", run, "--steps", 5], "leave out steps")
+    fails(capsys, ["train", "--resume", run, "--steps", 5, "--reward", "a.py:f"], "leave out steps")
     fails(capsys, ["train", "--resume", run.parent], "holds no run")
 
 
@@ -184,6 +189,23 @@ def test_commands_are_listed_and_guessed(capsys):
     fails(capsys, ["xyzzy"], "use one of train, evaluate")
 
 
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_clips_that_an_interval_needs_follow_from_its_standard_error():
+    # t(19) = 2.0930: a standard error of 0.1 on 20 clips; 20 * (1.96 * 0.1 / 0.05)^2 = 307.3, / 0.02: 1920.8
+    assert clips_needed([0.5 - 0.20930, 0.5 + 0.20930], 20) == (
+        "now +-20.9 points on 20 clips; with as many questions a clip, +-5 points about 308 clips, +-2 points about "
+        "1921 clips")
+
+
+def test_counts_ranges_and_completions_in_words():
+    assert (plural(1, "clip"), plural(0, "clip"), plural(2, "clip")) == ("1 clip", "0 clips", "2 clips")
+    assert ranges([7, 1, 2, 3, 9]) == "1-3, 7, 9" and ranges([]) == ""
+    assert completion_in_words("<think> a b </think> <answer> B </answer>", ["red", "green"]) == ("a b", "B (green)")
+    assert completion_in_words("<answer> B </answer>") is None
+
+
 # --- evaluate and ask ------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +215,7 @@ def test_evaluate_uses_the_runs_config_and_resumes(run, world, tmp_path, capsys)
     assert cli.main(arguments) == 0
     first, printed = json.loads((tmp_path / "e" / "summary.json").read_text()), capsys.readouterr().out
     assert first["n"] == 6 and "all " in printed and "n = 6 on 3 clips" in printed and "format" in printed
+    assert "3 clips cannot tell how many are needed: evaluate on at least 20\n" in printed
     after = json.loads((run / "summary.json").read_text())["after"]["val"]
     assert first["accuracy"] == after["accuracy"] and first["by_type"] == after["by_type"]
     predictions = tmp_path / "e" / "predictions.jsonl"
@@ -202,6 +225,30 @@ def test_evaluate_uses_the_runs_config_and_resumes(run, world, tmp_path, capsys)
     assert json.loads((tmp_path / "e" / "summary.json").read_text())["accuracy"] == first["accuracy"]
     capsys.readouterr()
     fails(capsys, [*arguments[:-1], "3"], "another batch")
+
+
+def test_own_records_are_evaluated_from_another_folder_and_two_evaluations_compared(world, tmp_path, capsys):
+    rows = [{"video": f"{number}.mp4", "question": "what colour", "answer": "red", "options": ["red", "green"]}
+            for number in range(3)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = ["evaluate", "--model", str(world / "model"), "--config", str(world / "evaluate.yaml"), "--data-root",
+            str(world), "--data", str(tmp_path / "own.jsonl"), "--out"]
+    (world / "evaluate.yaml").write_text("num_frames: 4\nmax_new_tokens: 5\nquantization: none\n")
+    for out in ("a", "b"):
+        assert cli.main([*base, str(tmp_path / out)]) == 0
+    kept = (tmp_path / "b" / "predictions.jsonl").read_text().splitlines()
+    assert {json.loads(row)["clip"] for row in kept} == {f"{world}/{number}.mp4" for number in range(3)}
+    changed = [json.dumps(json.loads(row) | {"accuracy": float("0.mp4" in row)}) for row in kept]
+    (tmp_path / "b" / "predictions.jsonl").write_text("\n".join(changed) + "\n")  # one of three becomes correct
+    capsys.readouterr()
+    assert cli.main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    # differences 1, 0, 0 of three clips: 1/3 +- t(2) = 4.3027 times sqrt(1/3) / sqrt(3), cut to what is possible
+    assert re.match(r"0.0 -> .* %, change \+33.3 \[-100.0, \+100.0\] points \(95 %, paired, by clip; n = 3 on 3 "
+                    r"clips\), format 0.0 %\n3 clips cannot tell .*\n$", capsys.readouterr().out)
+    (tmp_path / "b" / "predictions.jsonl").write_text(kept[0] + "\n")
+    fails(capsys, ["evaluate", "--compare", tmp_path / "a", tmp_path / "b"], "answers to different questions (3 and 1)")
+    fails(capsys, ["evaluate", "--compare", tmp_path / "a", tmp_path / "none"], "none holds no finished evaluation")
+    fails(capsys, ["evaluate", "--data", tmp_path / "own.jsonl"], "give both --data and --out")
 
 
 def test_mistakes_in_the_options_of_evaluate_are_explained(run, world, tmp_path, capsys):
@@ -247,14 +294,13 @@ def test_a_folder_in_use_is_not_built_into(command, tmp_path, capsys):
 def test_data_and_pretrain_pass_seed_and_folder(tmp_path, capsys, monkeypatch):
     seen, new = [], tmp_path / "new"
     monkeypatch.setattr("dvr1_lite.toy.world.build_dataset", lambda out, seed: seen.append((out, seed)) or {
-        "splits": {"train": {"questions": 2, "clips": 1}}})
+        "splits": {"train": {"questions": 2, "clips": 1}, "L1": {"questions": 1, "clips": 2}}})
     monkeypatch.setattr("dvr1_lite.toy.recipe.pretrain",
                         lambda out, recipe: seen.append((out, recipe.seed)) or {"parameters": 7, "minutes": 1.5})
-    monkeypatch.setattr("dvr1_lite.policy.Policy.load", lambda folder: folder)
-    monkeypatch.setattr("dvr1_lite.toy.examination.examine", lambda policy, records, **how: {"policy": policy})
-    monkeypatch.setattr("dvr1_lite.toy.examination.write", lambda found, out: seen.append((found["policy"], out)))
+    monkeypatch.setattr("dvr1_lite.toy.examination.examine_base", lambda folder, config: seen.append(folder))
     monkeypatch.setattr("dvr1_lite.toy.examination.as_table", lambda found: "a table")
     for command in ("data", "pretrain"):
         assert cli.main([command, "--out", str(new), "--seed", "3"]) == 0
-    assert seen == [(new, 3), (new, 3), (new, new)]
-    assert capsys.readouterr().out == f"train: 2 questions on 1 clips\n7 parameters in {new}, 1.5 minutes\na table\n"
+    assert seen == [(new, 3), (new, 3), new]
+    assert capsys.readouterr().out == (f"train: 2 questions on 1 clip\nL1: 1 question on 2 clips\n7 parameters in "
+                                       f"{new}, 1.5 minutes\na table\n")

@@ -114,6 +114,17 @@ def test_bad_yaml_is_refused_with_its_name(tmp_path, text, expected):
         read_yaml(tmp_path / "none.yaml")
 
 
+def test_a_file_can_extend_a_shipped_one(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: seed_bench_r1_qwen2_vl_2b\nbeta: 0.5\n")
+    config = load_config(tmp_path / "a.yaml", {"steps": 2})
+    assert (config.model, config.beta, config.steps) == ("Qwen/Qwen2-VL-2B-Instruct", 0.5, 2)
+    assert (config.group_size, config.dtype, list(config.eval_paths())) == (8, "bfloat16", ["L1", "L2", "L3"])
+    for other in ("a.yaml", "[x]", "cards", "../lite"):
+        (tmp_path / "b.yaml").write_text(f"extends: {other}\n")
+        with pytest.raises(ConfigError, match="b.yaml extends .*: name one of full_scale, lite"):
+            load_config(tmp_path / "b.yaml")
+
+
 def test_a_config_of_gigabytes_is_refused_unread(tmp_path):
     with open(tmp_path / "huge.yaml", "wb") as file:
         file.truncate(2**33)

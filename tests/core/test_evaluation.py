@@ -56,7 +56,8 @@ def test_the_interval_by_hand():
     # t(9) = 2.262157, t^2 = 5.11735
     ([0.0] * 10, "abcdefghij", (0.0, 0.338509)), ([1.0] * 10, "abcdefghij", (0.661491, 1.0)),
     # a constant 0.5 reaches 0.338509 of the way to each bound
-    ([0.5] * 10, "abcdefghij", (0.330746, 0.669254))])
+    ([0.5] * 10, "abcdefghij", (0.330746, 0.669254)),
+    ([1, 0] * 10, "aabbccddeeffgghhiijj", (0.330746, 0.669254))])  # clips that all agree on one of two
 def test_few_clips_or_constant_values_are_no_certainty(values, clusters, expected):
     assert share_interval(values, list(clusters)) == pytest.approx(expected, abs=2e-6)
     if len(set(clusters)) < 2:

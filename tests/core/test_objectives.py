@@ -193,8 +193,8 @@ def test_clipped_grpo_by_hand(level):
 def test_the_clip_fraction_counts_tokens_of_grpo_and_completions_of_rloo_and_reinforce():
     batch = Batch(torch.tensor([[[1.0, 0.0, 9.0], [0.0, 0.0, 1.0]]]), torch.zeros(1, 2, 3), None,
                   torch.tensor([[[1, 1, 0], [1, 1, 1]]]), torch.tensor([[1.0, 0.0]]))
-    # token: of 5, the first completion's first (advantage above 0, ratio e). sequence: both ratios are e.
-    assert stats("grpo", batch, clip_eps=0.2)["clip_fraction"] == pytest.approx(1 / 5)
+    # token: the first completion's first of two (advantage above 0, ratio e). sequence: both ratios are e.
+    assert stats("grpo", batch, clip_eps=0.2)["clip_fraction"] == pytest.approx((1 / 2 + 0) / 2)
     assert stats("rloo", batch, clip_eps=0.2)["clip_fraction"] == pytest.approx(1 / 2)
     assert stats("reinforce", replace(batch, rewards=batch.rewards + 1), clip_eps=0.2)["clip_fraction"] == 1.0
     assert stats("grpo", batch)["clip_fraction"] == 0.0

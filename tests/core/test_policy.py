@@ -16,10 +16,10 @@ from dvr1_lite import loading
 from dvr1_lite.config import TrainConfig
 from dvr1_lite.data import Record, prompt_text, read_records
 from dvr1_lite.errors import ConfigError, ModelError, RecordError
-from dvr1_lite.families import rope_positions
+from dvr1_lite.families import FAMILIES, rope_positions
 from dvr1_lite.features import FeatureCache, Features, VisualPart
 from dvr1_lite.files import data_folder
-from dvr1_lite.loading import FAMILIES, LoraSettings
+from dvr1_lite.loading import LoraSettings
 from dvr1_lite.policy import Completions, Policy, encode_record
 from dvr1_lite.rollout import sample_groups
 from dvr1_lite.run import load_policy
@@ -144,7 +144,7 @@ def truth(folder, policy, tmp_path_factory):
 
     adapter = tmp_path_factory.mktemp("adapter")
     policy.save_adapter(adapter)
-    kind = getattr(transformers, FAMILIES[policy.config.model_type])
+    kind = getattr(transformers, FAMILIES[policy.config.model_type].model_class)
     model = PeftModel.from_pretrained(kind.from_pretrained(folder, dtype=torch.float64), adapter, is_trainable=True)
     prompts, completions = make_prompts(policy), make_completions(policy)
     logp = repeated_forward(policy, model, prompts, completions, "left", 0.8)
@@ -288,14 +288,15 @@ def test_preprocessing_falls_back_to_the_vision_config(qwen25, tmp_path):
 
 
 def test_the_feature_cache_stays_within_its_bytes(policy):
-    size, built = policy.encode(make_clip(0)).nbytes, []
+    features, built = policy.encode(make_clip(0)), []
+    size, tensors = features.nbytes, 1 + len(features.parts[0].deep)
     cache = FeatureCache(max_bytes=2 * size)
     for index in (0, 1, 0, 2, 0, 1):  # 1 is the least recently used when 2 comes, then 2 when 1 comes back
         features = cache.get(("clip", index), lambda: built.append(index) or policy.encode(make_clip(index)))
         assert torch.equal(features.parts[0].embeds, policy.encode(make_clip(index)).parts[0].embeds)
         assert cache.nbytes <= cache.max_bytes and len(cache) <= 2
-    assert built == [0, 1, 2, 1] and size == 8 * 32 * 8  # 8 tokens of 32 numbers of 8 bytes
-    with pytest.raises(ConfigError, match="the features of clip take 2,048 bytes.* raise feature_cache_mb"):
+    assert built == [0, 1, 2, 1] and size == tensors * 8 * 32 * 8  # 8 tokens of 32 numbers of 8 bytes
+    with pytest.raises(ConfigError, match=f"the features of clip take {size:,} bytes.* raise feature_cache_mb"):
         FeatureCache(max_bytes=size - 1).get("clip", lambda: policy.encode(make_clip(0)))
 
 

@@ -5,7 +5,8 @@ import torch
 
 import dvr1_lite.rollout as rollout_module
 from dvr1_lite.errors import ConfigError
-from dvr1_lite.loading import FAMILIES, LoraSettings
+from dvr1_lite.families import FAMILIES
+from dvr1_lite.loading import LoraSettings
 from dvr1_lite.policy import Policy
 from dvr1_lite.rollout import choose, sample_groups
 from dvr1_lite.video import patchify
@@ -64,7 +65,7 @@ def generate(policy, prompt, clip, length):
 def test_greedy_decoding_is_transformers_generate(policy, frames, fps):
     clips = [make_clip(seed, frames=frames, fps=fps) for seed in (1, 2, 3)]
     asked = [policy.prompt(text, policy.encode(clip)) for text, clip in zip(("what", "red", "what colour"), clips)]
-    if frames > 4:  # the clip's last time lies beyond the last text position
+    if frames > 4 and policy.config.model_type != "qwen3_vl":  # the clip's last time lies beyond the last text position
         assert all(int(prompt.position_ids.max()) > prompt.next_position for prompt in asked)
     rollout = sample_groups(policy, asked, 2, 12, greedy=True)
     for b, (prompt, clip) in enumerate(zip(asked, clips)):
@@ -124,7 +125,8 @@ def test_sharing_equal_beginnings_changes_nothing(policy, prompts, ending, monke
 
 def test_a_step_costs_its_different_beginnings(policy, prompts, ending, monkeypatch):
     widths, forward = [], policy.forward
-    monkeypatch.setattr(policy, "forward", lambda x, *rest: widths.append(len(x)) or forward(x, *rest))
+    monkeypatch.setattr(policy, "forward", lambda x, *rest, **more: (
+        widths.append(len(x)) or forward(x, *rest, **more)))
     rollout = sample_groups(policy, prompts, 6, 30, generator=seeded(5))
     rows = [(i // 6, tuple(row[keep].tolist())) for i, (row, keep) in enumerate(
         zip(rollout.completions.ids.flatten(0, 1), rollout.completions.mask.flatten(0, 1)))]

@@ -18,6 +18,7 @@ from dvr1_lite import run as run_module
 from dvr1_lite import training
 from dvr1_lite.checkpoint import checkpoint_folders, read_checkpoint, restore_global_random, save_checkpoint
 from dvr1_lite.config import load_config, make_config
+from dvr1_lite.data import read_records
 from dvr1_lite.distributed import Order
 from dvr1_lite.errors import ClipError, ConfigError, ModelError, NumericsError
 from dvr1_lite.files import read_lines
@@ -25,7 +26,8 @@ from dvr1_lite.lab.variants import Mixed, vanished
 from dvr1_lite.objectives import METHODS
 from dvr1_lite.policy import Policy
 from dvr1_lite.rewards import Score
-from dvr1_lite.run import comparable, stop_request, train
+from dvr1_lite.rollout import sample_groups
+from dvr1_lite.run import comparable, load_policy, stop_request, train
 from dvr1_lite.training import Group, Trainer, stack
 from tests.small_run import coin_score, reward_by_coin, small_config, train_files, write_world
 
@@ -69,6 +71,20 @@ def test_groups_are_stacked_whatever_their_length():
     assert completions.ids.tolist() == [[[1, 2, 0], [3, 0, 0]], [[7, 8, 9], [7, 0, 0]]]
     assert completions.mask.tolist() == [[[1, 1, 0], [1, 0, 0]], [[1, 1, 1], [1, 0, 0]]]
     assert [group.mean for group in groups] == [0.75, 1.0] and [vanished(group) for group in groups] == [False, True]
+
+
+def test_a_sample_batch_divides_the_prompts_and_keeps_their_order(world, tmp_path, monkeypatch):
+    config = small_config(world, tmp_path / "run", sample_batch=2, augment="none")
+    trainer, sizes, sample = Trainer(config, read_records(config.train_file), load_policy(config)), [], sample_groups
+    monkeypatch.setattr(training, "sample_groups", lambda policy, prompts, *rest, **options: (
+        sizes.append(len(prompts)) or sample(policy, prompts, *rest, **options)))
+    records, prompts = zip(*(pair for _ in range(3) for pair in zip(*trainer.next_prompts())))
+    groups = trainer.sample(records[:5], prompts[:5], 4, "sample")
+    assert sizes == [2, 2, 1] and trainer.rollouts == 20 and trainer.seconds["sample"] > 0
+    assert [group.record for group in groups] == list(records[:5]) and all(len(group.tokens) == 4 for group in groups)
+    for group, prompt in zip(groups, prompts):
+        assert group.prompt is prompt
+        assert group.texts == [trainer.policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in group.tokens]
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""explore.html computes the numbers of dvr1_lite and needs nothing from outside; the GIFs are true and gentle."""
+"""explore.html computes the numbers of dvr1_lite and needs nothing from outside; pictures are true and readable."""
 
 import json
 import re
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 from PIL import Image, ImageSequence
 
@@ -15,6 +16,7 @@ from dvr1_lite.rewards import score
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "notebooks"))
 import before_after  # noqa: E402
 import explore  # noqa: E402
+import figures  # noqa: E402
 
 PAGE = explore.PAGE.read_text(encoding="utf-8")
 NODE = shutil.which("node")
@@ -110,3 +112,24 @@ def test_motion_is_slow_small_and_does_not_flash(path):
     levels = [sum(picture.tobytes()) / (64 * 32) for _, picture in pictures]
     assert max(abs(a - b) for a, b in zip(levels, levels[1:])) < 12  # of 255; a flash changes far more
     assert path.with_name(f"{path.stem}_strip.png").exists()
+
+
+@pytest.mark.parametrize("lit", [(), ("advantages",), ("group", "rewards"), ("update", "reg-grpo"), ("augmentation",)])
+def test_the_drawing_of_the_method_lights_what_is_asked_for_and_its_texts_do_not_touch(lit):
+    figure = figures.draw_method(lit, title="Figure 00-A. A title of about the length that a notebook gives to it")
+    axes = figure.axes[0]
+    yellow = [patch for patch in axes.patches if patch.get_facecolor() == plt.matplotlib.colors.to_rgba(figures.LIT)]
+    assert len(yellow) == len(lit)
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert min(text.get_fontsize() for text in axes.texts) >= 8
+    assert all(0 <= box.x0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height for box in boxes)
+    touching = [(a.get_text(), b.get_text()) for i, (a, one) in enumerate(zip(axes.texts, boxes))
+                for b, other in zip(axes.texts[i + 1:], boxes[i + 1:]) if one.overlaps(other)]
+    plt.close(figure)
+    assert touching == []
+
+
+def test_the_drawing_names_its_parts_when_asked_for_another():
+    with pytest.raises(KeyError, match="advantages, update, reg-grpo, augmentation"):
+        figures.draw_method("loss")

@@ -1,4 +1,4 @@
-"""The map of notebook 00 is generated from one table; what its rows name must exist."""
+"""The map and the plan of notebook 00 are generated; what their rows name must exist, and the stated times are measured."""
 
 import importlib
 import re
@@ -34,9 +34,39 @@ def test_every_equation_and_table_of_the_paper_has_a_row():
     assert equations == set(range(1, 25)) and tables == set(range(1, 9))
 
 
-def test_the_notebook_shows_this_table():
+def test_the_notebook_shows_this_map():
     cell = paper_map.table_cell(nbformat.read(paper_map.START, as_version=4))
-    assert paper_map.markdown() in cell.source, "run python notebooks/paper_map.py"
+    assert paper_map.map_table() in cell.source, "run python notebooks/paper_map.py"
+
+
+def test_the_plan_lists_every_notebook_with_its_measured_time():
+    source = paper_map.table_cell(nbformat.read(paper_map.START, as_version=4), paper_map.PLAN_HEADING).source
+    rows = re.findall(r"(?m)^\| \[(\w+)\]\(.*\) \| .* \| (\d+) \| (\d+|-) \|$", source)
+    assert [number for number, *_ in rows] == list(paper_map.NOTEBOOKS), "run python notebooks/paper_map.py"
+    for number, *stated in rows:
+        measured = paper_map.reading_minutes(paper_map.FOLDER / paper_map.NOTEBOOKS[number])
+        for minutes, (part, truth) in zip(stated, measured.items()):
+            off = abs((0 if minutes == "-" else int(minutes)) - truth)
+            assert off <= 5, f"{number} {part} takes {truth} minutes: run python notebooks/paper_map.py"
+
+
+@pytest.mark.parametrize("number", ["00", "01"])
+def test_the_box_of_a_notebook_states_the_measured_times(number):
+    path = paper_map.FOLDER / paper_map.NOTEBOOKS[number]
+    box = nbformat.read(path, as_version=4).cells[0].source
+    stated = {part: int(minutes) for part, minutes in re.findall(r"(Core|Deeper) (\d+)", box)}
+    measured = paper_map.reading_minutes(path)
+    assert stated.keys() == measured.keys()
+    assert all(abs(stated[part] - measured[part]) <= 5 for part in stated), measured
+
+
+def test_reading_minutes_by_hand(tmp_path):
+    new, code = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell
+    cells = [new("word " * 400), code("1", metadata={"tags": ["setup"]}), code("2"),
+             new("## 1. A (Core)\n" + "word " * 196), new("## 2. B (Deeper)\n" + "word " * 596), code("3"), code("4"),
+             new("## 3. Exercises\n" + "word " * 1000), code("5")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "x.ipynb")
+    assert paper_map.reading_minutes(tmp_path / "x.ipynb") == {"Core": 4, "Deeper": 5}
 
 
 @pytest.mark.parametrize(("text", "paper", "there"), [

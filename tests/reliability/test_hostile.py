@@ -132,7 +132,9 @@ def faults_of(tree: ast.AST) -> list[str]:
 def test_no_source_unpickles_trusts_remote_code_or_shows_html():
     trees = sources()
     assert len(trees) > 40 and "dvr1_lite/policy.py" in trees
-    assert {name: faults_of(tree) for name, tree in trees.items() if faults_of(tree)} == {}
+    found = {name: faults_of(tree) for name, tree in trees.items() if faults_of(tree)}
+    assert found.pop("notebooks/teaching/instructors/grade.py") == ["exec", "exec"]  # it runs submissions, as it is asked
+    assert found == {}
 
 
 @pytest.mark.parametrize("code", [

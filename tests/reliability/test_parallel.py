@@ -3,6 +3,7 @@ r"""Two processes on a CPU (gloo): the run of one process with as many prompts, 
 import json
 import socket
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from dvr1_lite import distributed, training
-from dvr1_lite.config import CONFIGS, to_yaml
+from dvr1_lite.config import CONFIGS, ObjectiveConfig, to_yaml
 from dvr1_lite.errors import ConfigError, UserError
+from dvr1_lite.metrics import statistics
+from dvr1_lite.objectives import METHODS, Batch
 from dvr1_lite.run import comparable
 from tests.reliability.killable import ROOT, needs_fork, start
 from tests.reliability.parallel_worker import work
@@ -105,6 +108,22 @@ def test_groups_that_cannot_be_shared_are_refused(world, monkeypatch):
     monkeypatch.setattr(training, "processes", lambda device: SimpleNamespace(num_processes=3))
     with pytest.raises(ConfigError, match="prompts_per_step is 4 and there are 3 processes: give a multiple"):
         training.Trainer(config_for(world, world / "never"), [], None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_mean_of_the_processes_statistics_is_that_of_all_groups(method):
+    generator, shape = torch.Generator().manual_seed(0), (2, 4, 6)
+    old = -torch.rand(shape, generator=generator)
+    logp = old + 0.3 * torch.randn(shape, generator=generator)
+    lengths = torch.tensor([[6, 5, 6, 6], [1, 2, 1, 2]])  # the second process has far fewer tokens
+    whole = Batch(logp, old, old - 0.1, torch.arange(6) < lengths[..., None],
+                  torch.tensor([[1.0, 0.0, 2.0, 0.0], [0.0, 1.0, 1.0, 2.0]]))
+    parts = [Batch(*(getattr(whole, field.name)[at:at + 1] for field in fields(Batch))) for at in (0, 1)]
+    config = ObjectiveConfig(method=method, clip_eps=0.05)
+    expected, shares = statistics(whole, config), [statistics(part, config) for part in parts]
+    for name in expected.keys() - {"correlation", "margin"}:  # which step_metrics weighs by groups with a spread
+        assert expected[name] == pytest.approx(sum(share[name] for share in shares) / 2, abs=1e-6), name
+    assert method not in ("grpo", "rloo") or 0 < expected["clip_fraction"] < 1
 
 
 def test_an_error_of_the_main_process_is_the_others_error_too(monkeypatch):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dvr1_lite.config import load_config
 from dvr1_lite.errors import ClipError
-from dvr1_lite.loading import FAMILIES
+from dvr1_lite.families import FAMILIES
 from dvr1_lite.run import comparable, train
 from dvr1_lite.scale.datasets import read_any
 from dvr1_lite.toy.clips import write_clip

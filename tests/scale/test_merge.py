@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from dvr1_lite.config import TrainConfig, to_yaml
 from dvr1_lite.errors import ConfigError, ModelError
+from dvr1_lite.families import FAMILIES
 from dvr1_lite.files import data_folder
-from dvr1_lite.loading import FAMILIES
 from dvr1_lite.policy import LoraSettings, Policy
-from dvr1_lite.scale.merge import base_model, merge
+from dvr1_lite.scale.merge import base_model, example_question, merge
 from tests.tiny import add_noise_to_lora, write_model
 
 
@@ -48,7 +48,7 @@ def test_the_merged_weights_are_those_of_peft_from_any_folder(run, tmp_path, mon
     monkeypatch.chdir(tmp_path / "elsewhere")
     out = merge(run, tmp_path / "merged", dtype="float32")
     family = json.loads((tmp_path / "model" / "config.json").read_text())["model_type"]
-    kind = getattr(transformers, FAMILIES[family])
+    kind = getattr(transformers, FAMILIES[family].model_class)
     plain = PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "model", dtype=torch.float32), run / "adapter")
     expected = dict(plain.merge_and_unload().named_parameters())
     model, loaded = transformers.AutoModelForImageTextToText.from_pretrained(
@@ -92,13 +92,24 @@ def test_the_card_says_how_it_was_trained_and_its_code_runs(run, tmp_path, monke
         assert text in card, text
     assert str(tmp_path) not in card
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
-    assert any(node.value == 'What happens first?\nSay "x", then answer.' for node in ast.walk(ast.parse(code))
-               if isinstance(node, ast.Constant))
+    with open(data_folder() / "toyvideoqa" / "train.jsonl", encoding="utf-8") as file:
+        question = json.loads(file.readline())["problem"]
+    texts = [str(node.value) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert any(text.startswith(question) and text.endswith('\nSay "x", then answer.') for text in texts)
     pytest.importorskip("torchvision")
     shutil.copyfile(next((data_folder() / "toyvideoqa" / "clips" / "L1").glob("*.mp4")), out / "clip.mp4")
     monkeypatch.chdir(out)
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
+
+
+def test_the_cards_question_is_from_the_data_or_a_placeholder(tmp_path):
+    rows = [{"video": "a.mp4", "question": "Which letter?", "answer": "B", "options": ["red", "green"]}]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = {"train_file": str(tmp_path / "own.jsonl"), "data_root": None, "instruction": "Think."}
+    assert example_question(run) == "Which letter?\nOptions: A. red B. green\nThink."
+    assert example_question(run | {"train_file": str(tmp_path / "none.jsonl")}) == "YOUR QUESTION\nThink."
+    assert example_question({}) == "YOUR QUESTION"
 
 
 def test_an_adapter_is_found_and_mistakes_are_named(tmp_path):

@@ -24,7 +24,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    sizes = recipe.Recipe(clips=3, encoder_steps=2, encoder_batch=4, drill_steps=2, text_steps=2, chain_steps=2,
+    sizes = recipe.Recipe(clips=3, encoder_steps=2, encoder_batch=4, drill_steps=2, text_steps=2, chain_cycles=(2,),
                           text_batch=4, ceiling_clips=1)
     return folder, recipe.pretrain(folder, sizes)
 

@@ -36,6 +36,7 @@ from swift.trainers import TrainerFactory, disable_gradient_checkpointing
 from torch import Tensor
 
 from dvr1_lite.config import DPO_METHODS, TrainConfig, load_config
+from dvr1_lite.data import Record
 from dvr1_lite.errors import ConfigError
 from dvr1_lite.rewards import score
 from dvr1_lite.scale.engines.coefficients import (LOSS_TYPES, coefficients, completion_rows, engine_advantages,
@@ -73,7 +74,10 @@ class SwiftSamples:
         self.trainer = trainer
         self.clips = Path(trainer.args.output_dir, f"augmented_{trainer.accelerator.process_index}")
 
-    def record(self, sample: Any):
+    def record(self, sample: Any) -> Record:
+        if "record" not in sample.extra:
+            raise ConfigError("the data set has no column `record`: make its rows with `python -m "
+                              "dvr1_lite.scale.engines.rows`")
         return read_record(sample.extra["record"])
 
     def text(self, sample: Any) -> str:
@@ -140,6 +144,8 @@ class ObjectiveTrainer(GRPOTrainer):
     def _postprocess_batch(self, samples: list, batches: list[dict]) -> None:
         r"""Keep what the coefficients need in each micro-batch, and make its ratios exactly 1."""
         super()._postprocess_batch(samples, batches)  # logs the rewards; its advantages are replaced
+        if not self.model.training:
+            return
         rewards = (self._rewards_per_func * self.reward_weights).nansum(dim=1)
         at = self.accelerator.process_index * len(samples)
         for batch in (batch["grpo_batch"] for batch in batches):

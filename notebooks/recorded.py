@@ -1,0 +1,157 @@
+r"""Recorded experiments as text, for notebook 05: what is recorded with n, verdicts, the paper's signs, the tuning.
+
+An experiment counts as recorded once it has an `aggregate.json` in the results folder. Nothing here trains a model,
+except `make`.
+"""
+
+import json
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import binomtest
+
+from dvr1_lite.files import data_folder, make_folder
+from dvr1_lite.lab import report
+from dvr1_lite.lab.headline import cell_table
+from dvr1_lite.lab.runner import reproduce
+from dvr1_lite.lab.stats import verdict
+from dvr1_lite.lab.tables import BEYOND, EXPERIMENTS, PAPER, PHASE, TUNING, Experiment
+
+PROTOCOL = (*TUNING, *PHASE, *PAPER, *BEYOND)  # all that is declared, student projects left out
+
+
+def show(lines: Iterable[str]) -> None:
+    """Print lines, long ones wrapped."""
+    for line in lines:
+        print(textwrap.fill(line, 110, subsequent_indent="    "))
+
+
+def command(name: str) -> str:
+    """Return the command that makes the runs of an experiment."""
+    return f"python -m dvr1_lite reproduce {name} --jobs 2"
+
+
+def make(results: Path, names: Sequence[str] = ("tune", "tune_augmented", "phase", "all")) -> None:
+    """Make all runs of the protocol's main experiments in a results folder of your own; takes hours."""
+    make_folder(results)
+    predicted = (data_folder() / "results/predictions.json").read_text(encoding="utf-8")
+    (results / "predictions.json").write_text(predicted, encoding="utf-8")
+    for name in names:
+        for one, used in reproduce(name, results, jobs=2).used.items():
+            report.save_aggregate(EXPERIMENTS[one], used, results)
+
+
+def load(results: Path) -> dict[str, dict]:
+    """Return the aggregate of every recorded experiment, by name."""
+    paths = {one.name: Path(results) / one.name / "aggregate.json" for one in EXPERIMENTS.values()}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+
+
+def inventory(tables: Mapping[str, Mapping]) -> list[str]:
+    """Return one line for each declared experiment: rows and seeds recorded, or that it is not tested, and how to."""
+    lines = []
+    for one in PROTOCOL:
+        rows = tables[one.name]["rows"] if one.name in tables else {}
+        seeds = [len(row["seeds"]) for name, row in rows.items() if name != "base"]
+        n = "-".join(str(k) for k in sorted({min(seeds), max(seeds)})) if seeds else ""
+        lines.append(f"{one.name:15s}{len(seeds):3d} of {len(one.rows):2d} rows, n = {n} of {one.seeds}" if seeds else
+                     f"{one.name:15s}not tested: {command(one.name)}")
+    return lines
+
+
+def phase_claims(tables: Mapping[str, Mapping]) -> list[report.Claim]:
+    """Return the claims "this variant is better than plain" of the recorded cells, judged by the phase diagram's
+    primary figure, success at temperature 1; by clip it has no interval, because its answers are not recorded."""
+    claims = []
+    for one in (one for one in PHASE if one.name in tables):
+        for claim in report.claims_of(one, tables[one.name]):
+            if claim.sampled:
+                cell, bounds = claim.sampled, claim.sampled["ci_corrected"]
+                claim = replace(claim, effect=cell["mean"], interval=bounds, by_clip=None, sampled=None,
+                                detectable=cell["detectable"], seeds=cell["n"], verdict=verdict(bounds))
+            claims.append(claim)
+    return claims
+
+
+def phase_lines(results: Path, tables: Mapping[str, Mapping]) -> list[str]:
+    """Return the recorded cells of the phase diagram as text: predicted and measured success in per cent, n, and how
+    many runs learned the cell, with the exact 95 % interval of that share; then the cells that are not tested."""
+    waiting = [f"{one.name} not tested: {command(one.name)}" for one in PHASE if one.name not in tables]
+    if len(waiting) == len(PHASE):
+        return waiting
+    lines = ["cell  variant        predicted  measured, 95 % over seeds   n  learned in"]
+    for row in cell_table(results).to_dict("records"):
+        bounds = "[{:.0f}, {:.0f}]".format(*(100 * end for end in row["ci"])) if row["ci"] else "-"
+        low, high = binomtest(int(row["learned"].split()[0]), int(row["n"])).proportion_ci()
+        lines.append(f"{row['cell']:6s}{row['variant']:14s}{100 * row['predicted']:9.0f} {100 * row['mean']:10.0f}  "
+                     f"{bounds:15s} {row['n']:2.0f}  {row['learned']} runs [{100 * low:.0f} %, {100 * high:.0f} %]")
+    return lines + waiting
+
+
+def verdict_lines(claims: Iterable[report.Claim]) -> list[str]:
+    """Return each claim of `phase_claims` on one line: condition, difference in points with its corrected interval over
+    seeds, n, the smallest detectable difference, verdict."""
+    lines = []
+    for claim in claims:
+        condition = claim.condition.removeprefix("tiny model, chain types with deficit ").replace("plain success ", "")
+        evidence = "n = 1, illustrative" if not claim.interval else (
+            "[{:.0f}, {:.0f}], n = {}, detectable {:.0f}".format(*claim.interval, claim.seeds, claim.detectable))
+        lines.append(f"{claim.paper} ({condition}), {claim.text}: {round(claim.effect):+d} {evidence}: {claim.verdict}")
+    return lines
+
+
+def published_sign(experiment: Experiment, claim: tuple[str, str]) -> str:
+    """Return the signs of a claim's published difference on L1, L2 and L3, such as "+++"; "" if none is printed."""
+    rows, names = report.published_rows(experiment), {row.name: row.published for row in experiment.rows}
+    first, second = (rows.get(names[row]) for row in claim)
+    if not first or not second:
+        return ""
+    return "".join("+" if first[split] > second[split] else "-" if first[split] < second[split] else "0"
+                   for split in first)
+
+
+def claim_lines(tables: Mapping[str, Mapping]) -> list[str]:
+    """Return the verdicts on the claims of tables 4 to 8 and figure 3, each after the signs that the paper prints on
+    L1, L2 and L3; one line for each claim, or for all claims of an experiment that is not recorded."""
+    lines = []
+    for one in PAPER:
+        name, signs = report.title(one.name), [published_sign(one, pair) or "no numbers" for pair in one.claims]
+        if one.name in tables:
+            lines += [f"{name}, published {sign}: {report.sentence(claim)}"
+                      for sign, claim in zip(signs, report.claims_of(one, tables[one.name]))]
+        else:
+            lines.append(f"{name}, claims: {len(signs)}, published {' '.join(dict.fromkeys(signs))}: not tested; "
+                         f"run {command(one.name)}")
+    return lines
+
+
+def tuning_lines(results: Path) -> list[str]:
+    """Return the tuned rows with the number of runs, the chosen setting, its accuracy beside the worst one's, and the
+    fields whose choice lies on the edge of the grid; the experiments that are not recorded with their command."""
+    path = Path(results) / "tuning.json"
+    tuned = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    lines = [f"{one.name} not tested: {command(one.name)}" for one in TUNING
+             if not (Path(results) / one.name / "aggregate.json").exists()]
+    for name, entry in tuned.items():
+        chosen, grid = entry["chosen"], entry["grid"]
+        found = [100 * cell["accuracy"] for cell in grid]
+        edges = [field for field, value in chosen.items()
+                 if value in (min(cell[field] for cell in grid), max(cell[field] for cell in grid))]
+        setting = ", ".join(f"{field} {value:g}" for field, value in chosen.items())
+        lines.append(f"{name}: {len(grid)} runs, {setting}; {max(found):.1f} % on tune (worst {min(found):.1f}); "
+                     f"on the edge: {', '.join(edges) or 'none'}")
+    return lines
+
+
+def spending(name: str, tables: Mapping[str, Mapping], runs: Mapping[str, Mapping]) -> list[str]:
+    """Return, for each row of an experiment, the rollouts of its runs (smallest to largest) and its mean updates."""
+    lines = []
+    for row, files in tables[name]["runs"].items():
+        rollouts = [runs[file]["rollouts"] for file in files.values()]
+        updates = np.mean([runs[file]["updates"] for file in files.values()])
+        lines.append(f"{name} {row:16s} n = {len(files)}: {min(rollouts)} to {max(rollouts)} rollouts, "
+                     f"{updates:.0f} updates")
+    return lines

@@ -1,0 +1,640 @@
+"""Statements that notebooks and pages make: each is computed here anew, so that an incorrect one fails."""
+
+import json
+import re
+import sys
+from functools import cache
+from math import comb
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+
+from dvr1_lite.advantages import vanish_probability
+from dvr1_lite.config import ObjectiveConfig, TrainConfig
+from dvr1_lite.objectives import Batch, kl_penalty, objective_loss
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "notebooks"
+sys.path.insert(0, str(FOLDER))
+
+
+@cache
+def source(name: str) -> str:
+    """All cells of a notebook, found by the beginning of its name."""
+    path = next(FOLDER.glob(f"{name}_*.ipynb"))
+    return "\n\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
+
+
+# 00 ------------------------------------------------------------------------------------------------------------------
+
+
+def test_00_the_published_gains_and_the_doubled_entry():
+    published = json.loads((ROOT / "data/paper_results.json").read_text(encoding="utf-8"))
+    ablation, scale = published["table_4_ablation"], published["table_8_augmentation_scale"]
+    gains = np.subtract(ablation["Reg-GRPO + DA-Aug"], ablation["GRPO"]).round(1)
+    assert f"{gains.min()} to {gains.max()} points" in source("00")
+    page = (FOLDER / "INCONSISTENCIES.md").read_text(encoding="utf-8")
+    full, one, other = ablation["Reg-GRPO + DA-Aug"][2], ablation["Reg-GRPO"][2], scale["No Aug."][2]
+    assert one != other and f"L3 {one} in tables 4 and 5, and {other} in tables 7 and 8" in page
+    assert f"{full:.1f} - {other}" in page and f"{full:.1f} - {one} = {full - one:.1f}" in page
+
+
+def test_00_one_of_six_benchmarks_falls():
+    table = json.loads((ROOT / "data/paper_results.json").read_text(encoding="utf-8"))["table_2"]
+    falls = [name for name, a, b in zip(table["columns"], table["Qwen2.5-VL-3B"], table["DeepVideo-R1-3B"]) if b < a]
+    page = (FOLDER / "INCONSISTENCIES.md").read_text(encoding="utf-8")
+    assert falls == ["Video-MME (wo sub)"] and "Video-MME falls from 54.4 to 51.1" in page
+
+
+def test_00_speaks_of_measured_results_in_one_cell_only():
+    path = next(FOLDER.glob("00_*.ipynb"))
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
+    assert len([cell for cell in cells if re.search("(same sign|opposite sign|undecided) here", cell)]) == 1
+
+
+# 01 ------------------------------------------------------------------------------------------------------------------
+
+
+def mean_gradients(p: float, size: int = 8) -> tuple[float, float]:
+    """The mean gradient by the logit of a prompt with success rate p, centred, without and with the group's std."""
+    without = with_std = 0.0
+    for rewards in np.ndindex(*[2] * size):
+        R = np.array(rewards, dtype=float)
+        chance = np.prod(np.where(R == 1, p, 1 - p))
+        gradient = np.mean((R - R.mean()) * np.where(R == 1, 1 - p, -p))
+        without += chance * gradient
+        with_std += chance * (gradient / R.std() if R.std() else 0.0)
+    return without, with_std
+
+
+def test_01_the_std_favours_the_ends_in_ratio_and_the_middle_in_size():
+    (rare, rare_std), (even, even_std) = mean_gradients(0.05), mean_gradients(0.5)
+    assert rare_std / rare == pytest.approx(2.83, abs=0.005) and even_std / even == pytest.approx(2.12, abs=0.005)
+    assert even_std - even > rare_std - rare  # so a plot of the two gradients would show the opposite
+    assert even == pytest.approx(0.25 * 7 / 8)
+    assert "gradient with std / without" in source("01")
+
+
+@pytest.mark.parametrize(("case", "zero"), [
+    ({}, True), ({"logp_reduction": "sum"}, False), ({"clip_eps": 0.2}, True), ({"beta": 0.1}, True),
+    ({"beta": 0.1, "left": 0.2}, False), ({"moved": 0.1}, False)])
+def test_01_when_the_loss_is_0_and_when_not(case, zero):
+    left, moved = case.pop("left", 0.0), case.pop("moved", 0.0)
+    logp_old = torch.full((1, 3, 4), -1.0, dtype=torch.float64)
+    mask = torch.arange(4) < torch.tensor([[4, 2, 1]])[..., None]
+    logp = logp_old + moved * torch.tensor([1.0, -1, -1])[:, None]
+    batch = Batch(logp, logp_old, logp_old - left, mask, torch.tensor([[1.0, 0, 0]]))
+    loss = objective_loss(batch, ObjectiveConfig("grpo", **{"beta": 0.0} | case))
+    assert (abs(loss.item()) < 1e-9) is zero
+    assert "0 whatever happens" not in source("01")
+
+
+def test_01_a_live_group_costs_about_1_over_p_only_where_p_is_small():
+    cost = {p: [size / (1 - vanish_probability(p, size)) for size in (2, 8, 32)] for p in (0.005, 0.5)}
+    assert all(abs(one - 200) < 20 for one in cost[0.005]) and max(cost[0.5]) > 10 / 0.5
+    assert "For *small* $p$" in source("01") and "For hard prompts a live group costs" in source("01")
+
+
+def test_01_k3_varies_less_near_the_reference_and_more_far_from_it():
+    def sd(pi, mu, k3):
+        d = np.log(pi) - np.log(mu)
+        values = np.exp(-d) + d - 1 if k3 else d
+        return np.sqrt(np.sum(pi * (values - np.sum(pi * values)) ** 2))
+
+    near, far = [np.array([[0.5, 0.3, 0.2], [0.4, 0.3, 0.3]]), np.array([[0.98, 0.01, 0.01], [0.01, 0.01, 0.98]])]
+    assert sd(*near, k3=True) < sd(*near, k3=False)
+    assert sd(*far, k3=True) == pytest.approx(8.85, abs=0.01) and sd(*far, k3=False) == pytest.approx(1.02, abs=0.01)
+    assert "Near the reference $k_3$ varies less; far from it, far more." in source("01")
+
+
+def test_01_the_average_of_eq_01_3_over_uneven_prompts():
+    # of Beta(1/2, 1/2) the mean of p^8 is the product of (k + 1/2) / (k + 1) for k = 0 to 7: C(16, 8) / 4^8
+    assert 2 * comb(16, 8) / 4**8 == pytest.approx(0.39, abs=0.005)
+    assert vanish_probability(0.5, 8) == pytest.approx(0.01, abs=0.005)
+
+
+def test_01_the_curve_of_the_video_model_is_plain_grpo():
+    text = source("01")
+    assert 'run["config"]["augment"] == "none"' in text and 'run["config"]["method"] == "grpo"' in text
+    assert "main_run" not in text
+
+
+# 04 ------------------------------------------------------------------------------------------------------------------
+
+
+def test_04_says_which_configuration_its_run_shows():
+    cells = nbformat.read(next(FOLDER.glob("04_*.ipynb")), as_version=4).cells
+    stated = [cell.source for cell in cells if "showpiece" in cell.metadata.get("tags", [])]
+    line = re.search(r"(?s)\nSHOWN = (TrainConfig\(.*?\))\n", source("04"))[1]
+    config = eval(line, {"TrainConfig": TrainConfig, "folder": "runs/any"})
+    assert len(stated) == 1 and "05_reproducing_the_tables.ipynb" in stated[0] and "n = 1" in stated[0]
+    for part in (config.method.replace("grpo", "GRPO").replace("reg-", "Reg-"), f"`augment: {config.augment}`",
+                 f"`hint_update: {config.hint_update}`"):
+        assert part in stated[0], f"the cell before the run does not name {part}"
+
+
+@pytest.mark.parametrize("live", (0, 1, 2))
+def test_04_the_loss_of_a_step_starts_at_the_share_of_groups_with_reward_spread(live):
+    rewards = torch.tensor([[2.0, 1, 1, 2]] * live + [[1.0, 1, 1, 1]] * (2 - live))
+    logp = torch.zeros(2, 4, 3)
+    loss = objective_loss(Batch(logp, logp, logp, torch.ones(2, 4, 3), rewards), ObjectiveConfig("reg-grpo"))
+    assert loss.item() == pytest.approx(live / 2, abs=1e-3)
+    assert "the share of groups with reward spread" in source("04")
+
+
+def test_04_a_reference_with_the_adapters_on_has_kl_0_in_the_first_update():
+    logp = torch.randn(1, 4, 3)
+    assert kl_penalty(Batch(logp, logp, logp, torch.ones(1, 4, 3), torch.zeros(1, 4))) == 0
+
+
+# 02 ------------------------------------------------------------------------------------------------------------------
+
+OLD6, R6 = np.array([0.40, 0.25, 0.15, 0.10, 0.05, 0.05]), np.array([0.0, 1.0, 0.0, 2.0, 1.0, 2.0])
+
+
+@cache
+def outputs(name: str) -> str:
+    """What the cells of a notebook print."""
+    path = next(FOLDER.glob(f"{name}_*.ipynb"))
+    return "\n".join(output.get("text", "") for cell in nbformat.read(path, as_version=4).cells
+                     for output in cell.get("outputs", []))
+
+
+def page(name: str) -> str:
+    return " ".join((FOLDER / name).read_text(encoding="utf-8").split())
+
+
+def reg_loss(rho, rewards, eps: float) -> float:
+    """Eq. 8 without its KL term, written anew: one group, no epsilon on the rewards' std."""
+    A, A_hat = [(x - x.mean()) / (x.std() + e) for x, e in ((np.array(rewards), 0.0), (np.array(rho), eps))]
+    return float(np.mean((A - A_hat) ** 2))
+
+
+def slope(function, x, step: float = 1e-6) -> np.ndarray:
+    """Gradient by central differences."""
+    x, moves = np.array(x, dtype=float), step * np.eye(np.size(x)).reshape(-1, *np.shape(x))
+    return np.array([(function(x + m) - function(x - m)) / (2 * step) for m in moves]).reshape(x.shape)
+
+
+def softmax(logits) -> np.ndarray:
+    weight = np.exp(logits - np.max(logits))
+    return weight / weight.sum()
+
+
+def kl(p, q) -> float:
+    return float(np.sum(p * np.log(p / q)))
+
+
+K = {"k1": lambda d: d, "k2": lambda d: d**2 / 2, "k3": lambda d: np.exp(-d) + d - 1}
+
+
+def test_02_a_group_of_two_has_a_gradient_through_epsilon_only():
+    R = [0.0, 1.0]
+    assert reg_loss([0.3, 0.1], R, 0.1) == pytest.approx(2.25) and reg_loss([0.3, 0.1], R, 0.0) == pytest.approx(4)
+    assert slope(lambda rho: reg_loss(rho, R, 0.1), [0.3, 0.1]) == pytest.approx([3.75, -3.75], abs=1e-4)
+    assert slope(lambda rho: reg_loss(rho, R, 0.1), [0.0, 0.0], 1e-9) == pytest.approx([10, -10], abs=1e-3)
+    assert np.abs(slope(lambda rho: reg_loss(rho, R, 0.0), [0.3, 0.1])).max() < 1e-6
+    rng = np.random.default_rng(0)  # from every start descent raises the better one
+    assert all(slope(lambda rho: reg_loss(rho, R, 0.1), 3 * rng.normal(size=2))[1] < 0 for _ in range(50))
+    for text in (outputs("02"), page("teaching/HANDOUT.md"), page("solutions/QUIZ_ANSWERS.md"), page("explore.html")):
+        assert "2.25" in text and "3.75" in text
+    assert "$G=2$ has a gradient only through $\\epsilon_\\rho$" in source("02") and "So $G=2$ works" in source("02")
+    for text in (source("02"), page("QUIZ.md"), page("solutions/QUIZ_ANSWERS.md"), page("INSTRUCTORS.md")):
+        assert "useless at" not in text and "without a gradient at $G=2$" not in text
+
+
+def test_02_blind_to_scale_without_epsilon_and_not_with_it():
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        R, rho, eps = rng.integers(0, 3, 6) + np.arange(6) % 2, rng.normal(size=6), rng.uniform(0.01, 1)
+        c, s = np.corrcoef(R, rho)[0, 1], rho.std()
+        u = s / (s + eps)
+        assert reg_loss(rho, R, eps) == pytest.approx(1 - 2 * c * u + u**2)
+        assert reg_loss(7 * rho + 2, R, 0.0) == pytest.approx(reg_loss(rho, R, 0.0)) == pytest.approx(2 * (1 - c))
+        if c > 0.05:
+            scales = np.geomspace(1e-3, 1e3, 6001)
+            best = scales[np.argmin([reg_loss(k * rho / s, R, eps) for k in scales])]
+            assert best == pytest.approx(eps * c / (1 - c), rel=0.01)
+    A = (R6 - R6.mean()) / R6.std()
+    falling = [reg_loss(k * A, R6, 0.1) for k in (0.1, 1.0, 10.0, 100.0)]
+    assert falling == pytest.approx([(0.1 / (k + 0.1)) ** 2 for k in (0.1, 1.0, 10.0, 100.0)])
+    assert "no longer blind to scale" in source("02") and "1 - 2\\,c\\,u + u^2" in source("02")
+    assert "The loss is blind to scale and shift." not in page("solutions/QUIZ_ANSWERS.md")
+
+
+def test_02_eq_5_and_7_are_equal_at_the_best_policy_only():
+    group = [0, 0, 1, 3, 4, 0, 2, 3]
+    for lam in (0.3, 1.0, 3.0):
+        best = softmax(np.log(OLD6) + R6 / lam)
+        assert reg_loss(np.log(best / OLD6)[group], R6[group], 0.0) == pytest.approx(0, abs=1e-12)
+        assert R6 - R6.mean() == pytest.approx(lam * (np.log(best / OLD6) - np.log(best / OLD6).mean()))
+    other = softmax(np.log(OLD6) + np.array([0.5, 0, 1, -1, 0.3, 0]))
+    assert reg_loss(np.log(other / OLD6)[group], R6[group], 0.0) > 0.5
+    for tag in ("02.1", "5, 7"):
+        [formula] = re.findall(rf"\$\$[^$]*\\tag{{{tag}}}\$\$", source("02"))
+        assert r"\text{at } \pi_\theta=\pi^*" in formula and r"\rho^*_i" in formula
+    assert r"\rho_i = \log\frac{\pi_\theta(y_i|x)}{\pi_{old}(y_i|x)} \tag{02.1}" not in source("02")
+
+
+def test_02_the_minimum_of_the_regression_does_not_depend_on_who_sampled():
+    lam, G = 0.5, 3
+    other = softmax(np.log(OLD6) + np.array([0.5, 0, 1, -1, 0.3, 0]))
+    best = softmax(np.log(OLD6) + R6 / lam)
+    rng = np.random.default_rng(2)
+    for mu in (OLD6, np.full(6, 1 / 6), rng.dirichlet(np.ones(6))):
+        expected = {}
+        for name, policy in (("other", other), ("best", best)):
+            f, total = R6 / lam - np.log(policy / OLD6), 0.0
+            for ids in np.ndindex(6, 6, 6):  # every group of three, with its probability
+                part = f[list(ids)]
+                total += np.prod(mu[list(ids)]) * np.mean((part - part.mean()) ** 2)
+            variance = np.sum(mu * f**2) - np.sum(mu * f) ** 2
+            assert total == pytest.approx((G - 1) / G * variance, abs=1e-12)
+            expected[name] = total
+        assert expected["best"] < 1e-12 < 0.1 < expected["other"]
+    assert "no importance weights" in source("02") and "importance weights" in page("INSTRUCTORS.md")
+    sd = 1.0  # weights e^z with z normal: the effective share is E[w]^2 / E[w^2]
+    assert np.exp(sd**2 / 2) ** 2 / np.exp(2 * sd**2) == pytest.approx(np.exp(-sd**2))
+
+
+def test_02_three_completions_fix_the_curve_and_two_only_the_order():
+    R, rho = np.array([0.0, 1.0, 2.0]), np.array([0.0, 1.0, 5.0])  # increasing, not affine
+    pairs = [(i, j) for i in range(3) for j in range(i)]
+    assert max(reg_loss(rho[list(pair)], R[list(pair)], 0.0) for pair in pairs) < 1e-12
+    assert reg_loss(rho, R, 0.0) > 0.05
+    assert r"loss 0 on every group ($G\ge3$) with unequal rewards" in source("02")
+
+
+def test_02_reg_grpo_starts_as_summed_grpo_with_another_kl_weight():
+    rng, lengths = np.random.default_rng(3), [2, 3, 5]
+    R, beta, eps = np.array([1.0, 0.0, 0.0]), 0.1, 0.05
+    old, ref = ([rng.normal(size=n) for n in lengths] for _ in range(2))
+    A, cut = (R - R.mean()) / R.std(), np.cumsum(lengths)[:-1]
+
+    def penalty(parts):
+        return np.mean([np.mean(K["k3"](x - y)) for x, y in zip(parts, ref)])
+
+    def reg(logp):
+        parts = np.split(logp, cut)
+        rho = np.array([np.sum(x - y) for x, y in zip(parts, old)])
+        return reg_loss(rho, R, eps) + beta * penalty(parts)
+
+    def grpo(logp, weight, averaged):
+        parts = np.split(logp, cut)
+        terms = [np.sum(np.exp(x - y)) * a / (len(x) if averaged else 1) for x, y, a in zip(parts, old, A)]
+        return -np.mean(terms) + weight * penalty(parts)
+
+    start = np.concatenate(old)
+    ours, summed = slope(reg, start, 1e-8), slope(lambda x: grpo(x, beta * eps / 2, False), start)
+    assert ours == pytest.approx(2 / eps * summed, abs=1e-4)
+    assert np.abs(ours - 2 / eps * slope(lambda x: grpo(x, beta, True), start)).max() > 1  # the short statement
+    assert r"\nabla\,\text{GRPO}_{\text{summed}}\big(\tfrac{\beta\,\epsilon_\rho}{2}\big) \tag{02.6}" in source("02")
+    assert "Reg-GRPO **is** unclipped GRPO" not in source("02")
+    assert f"{0.1 * 0.05 / 2:.4f}" in page("solutions/QUIZ_ANSWERS.md")
+    for length in (2, 3, 5, 8):
+        assert f"{length} tokens: {2 / 0.1 * length:5.1f} times Eq. 2's gradient" in outputs("02")
+
+
+def test_02_values_of_the_kl_estimators():
+    for p, q in (([0.5, 0.3, 0.2], [0.45, 0.33, 0.22]), ([0.98, 0.01, 0.01], [0.01, 0.01, 0.98])):
+        p, q = np.array(p), np.array(q)
+        mean = {name: np.sum(p * k(np.log(p / q))) for name, k in K.items()}
+        sd = {name: np.sqrt(np.sum(p * (k(np.log(p / q)) - mean[name]) ** 2)) for name, k in K.items()}
+        assert mean["k1"] == pytest.approx(kl(p, q)) and mean["k3"] == pytest.approx(kl(p, q))
+        assert mean["k2"] != pytest.approx(kl(p, q), rel=0.001)
+        for name in K:
+            assert f"{name} {mean[name]:.4f} {sd[name]:.4f}" in outputs("02")
+    assert sd["k3"] > 8 * sd["k1"]  # the second pair, far from the reference
+    assert "$k_1$ *and* $k_3$ are unbiased" in source("02") and "the only estimator that" not in source("02")
+
+
+def test_02_gradients_of_the_kl_estimators():
+    theta = np.log(OLD6) + np.array([0.2, -0.5, 0.8, 0.1, -0.3, 0.6])
+    policy, d = softmax(theta), np.log(softmax(theta) / OLD6)
+    log_policy = lambda x: np.log(softmax(x))
+    one, two = slope(lambda x: kl(softmax(x), OLD6), theta), slope(lambda x: kl(OLD6, softmax(x)), theta)
+    for name, truth in (("k1", 0 * one), ("k2", one), ("k3", two)):
+        sampled = slope(lambda x: np.sum(policy * K[name](log_policy(x) - np.log(OLD6))), theta)
+        assert sampled == pytest.approx(truth, abs=1e-7), name
+    assert slope(lambda x: np.sum(policy * d * log_policy(x)), theta) == pytest.approx(one, abs=1e-7)
+    # samples of the old policy, which is the reference: k1's mean is minus a KL, and its descent leaves the reference
+    assert f"over samples of the old policy: {-kl(OLD6, policy):.3f}" in outputs("02")
+    towards = np.log(OLD6) - theta
+    for name, holds in (("k1", False), ("k2", True), ("k3", True)):
+        push = -slope(lambda x: np.sum(OLD6 * K[name](log_policy(x) - np.log(OLD6))), theta)
+        assert bool(push @ (towards - towards.mean()) > 0) is holds, name
+    assert [float(x) for x in re.findall(r"per token: the gradient is off by +(\d+) %", outputs("02"))] == [3, 7]
+    assert "Subtracted from the *reward*, $k_1$ has the correct one" in source("02")
+
+
+def test_02_the_printed_sign_prefers_policies_that_lost_a_completion():
+    ids = np.repeat(np.arange(6), np.round(20 * OLD6).astype(int))
+    best, lost = softmax(np.log(OLD6) + 2 * R6), OLD6 * np.where(R6 == 2, 1e-6, 1.0)
+    lost = lost / lost.sum()
+    loss = lambda policy, sign: reg_loss(np.log(policy / OLD6)[ids], R6[ids], 0.1) + sign * 0.1 * np.mean(
+        K["k3"](np.log(policy / OLD6)[ids]))
+    assert loss(lost, -1) < loss(best, -1) < loss(OLD6, -1) and loss(best, 1) < loss(OLD6, 1) < loss(lost, 1)
+    assert lost @ R6 < OLD6 @ R6 < best @ R6
+    for sign in (1, -1):
+        assert f"{loss(best, sign):.2f}" in outputs("02")
+    [plus], [minus] = (re.findall(rf"{name}: at the end E\[R\] (\S+), .* E\[R\] at 2 nats (\S+)", outputs("02"))
+                       for name in (r"plus \(Eq. 2's sign\)", r"minus \(as printed\)"))
+    assert float(plus[0]) > float(minus[0]) + 0.02 and float(plus[1]) > float(minus[1]) + 0.02  # also at equal distance
+    assert "decided by chance" not in source("02")
+
+
+def test_02_adam_ignores_a_constant_factor_over_a_whole_run():
+    def end(scale):
+        x = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64, requires_grad=True)
+        adam = torch.optim.Adam([x], lr=0.01)
+        for _ in range(100):
+            adam.zero_grad()
+            (scale * (x.sin() - torch.tensor([0.5, 0.4, -0.3])).square().sum()).backward()
+            adam.step()
+        return x.detach()
+
+    assert (end(200.0) - end(1.0)).abs().max() < 1e-3
+    [ends] = re.findall(r"Adam E\[R\] after 300 updates, loss times 1, 20, 200: \[(.*)\]", outputs("02"))
+    assert len(set(ends.split())) == 1
+    assert "not only in its first step" in source("02") and "falls within a batch" in source("02")
+
+
+def test_02_clipped_grpo_points_away_from_reward_at_24_of_91_policies():
+    old, reward = np.array([0.5, 0.3, 0.2]), np.array([0.0, 0.6, 1.0])
+    share = np.array([5, 3, 2]) / 10
+    A = (reward - share @ reward) / np.sqrt(share @ (reward - share @ reward) ** 2)
+    still = away = only_second = 0
+    for i in range(1, 14):
+        for j in range(1, 15 - i):
+            p = np.array([i, j, 15 - i - j]) / 15
+            ratio = p / old
+            clipped = np.where(A > 0, ratio > 1.2, ratio < 0.8)
+            push = share * np.where(clipped, 0.0, ratio * A)
+            push = push - p * push.sum()  # by the logits
+            change = p * (push - p @ push)
+            still += np.abs(change).max() < 1e-9
+            if change @ reward < -1e-12:
+                away, only_second = away + 1, only_second + (clipped.tolist() == [True, False, True])
+    assert (still, away, only_second) == (15, 24, 24)
+    assert f"no gradient at {still} policies" in source("02") and f"at {away} others" in source("02")
+    assert "to the best corner, from everywhere. Clipped GRPO: the same" not in source("02")
+
+
+def test_02_the_spread_of_rho_grows_with_the_completion_length():
+    from derivation import spread_after_one_update
+
+    spread = {(T, shared): spread_after_one_update(T, shared, seeds=range(2))
+              for T in (20, 200) for shared in (True, False)}
+    assert all(token == pytest.approx(0.0027, rel=0.1) for _, token in spread.values())
+    tied, own = (spread[200, shared][0] / spread[20, shared][0] for shared in (True, False))
+    assert 10**0.5 * 0.8 < tied < 10**0.5 * 1.25 < 5 < own < 10
+    assert spread[200, False][0] > 0.1 > 5 * spread[20, False][0]
+    assert 0.0071 * 200**0.5 == pytest.approx(0.1, abs=0.001) and "0.0071 nats" in page("teaching/HANDOUT.md")
+    assert "**Length decides what transfers**" in source("02")
+
+
+def test_02_identities_of_the_relatives():
+    rng, lam = np.random.default_rng(4), 0.25
+    R, rho = rng.integers(0, 3, 6).astype(float), rng.normal(size=6)
+    centre = lambda x: x - x.mean()
+    centred = lambda x: np.mean((centre(R) / lam - centre(x)) ** 2)
+    rebel = np.mean([(lam * (rho[i] - rho[j]) - (R[i] - R[j])) ** 2 for i in range(6) for j in range(i)])
+    assert centred(rho) == pytest.approx(5 / 6 * rebel / (2 * lam**2))
+    policy_gradient = -centre(R - lam * rho) / 6  # by rho, without a ratio
+    assert slope(centred, rho) == pytest.approx(2 / lam * policy_gradient, abs=1e-6)
+    assert r"\nabla\text{centred} = \frac2\lambda\,\nabla\text{policy gradient on } R-\lambda\rho" in source("02")
+
+
+def test_02_stds_are_those_of_the_population():
+    group = [0, 0, 1, 3, 4, 0, 2, 3]
+    for lam in (0.25, 0.5, 2.0):
+        rho = R6[group] / lam  # up to a constant
+        assert f"std of rho {rho.std():.2f} nats" in outputs("02")
+    assert f"{(R6[group] / 0.25).std(ddof=1):.2f}" not in outputs("02")
+
+
+def test_02_eq_3_is_called_a_penalty():
+    pages = [source("02"), page("QUIZ.md"), page("INSTRUCTORS.md"), page("teaching/HANDOUT.md"),
+             (ROOT / "README.md").read_text(encoding="utf-8")]
+    assert not any(re.search("KL[- ]constrain", text) for text in pages)
+    assert "is a *penalty*, not a constraint" in source("02")
+
+
+def test_02_the_issue_is_linked_and_dated_and_its_author_uses_no_released_code():
+    text = source("02")
+    assert "https://github.com/mlvlab/DeepVideoR1/issues/2" in text and "before the code's release" in text
+    assert "someone tries Reg-GRPO on a model of their own" in text and "0.1 is stable, but slow" in text
+    assert "Version 5 of the paper came later" in text and "user of the authors' code" not in text
+    weights = [[float(x) for x in re.findall(r"(\d\.\d\d) \+-", line)] for line in outputs("02").split("\n")
+               if line.startswith(("grpo, Eq. 2 (mean) ", "grpo, summed ", "reg-grpo, eps_rho 0.1 ")) and "+-" in line]
+    lost = [row[0] - row[2] for row in weights]  # by beta 1 instead of 0.01
+    assert len(weights) == 3 and lost[0] > 0.3 > lost[1] > lost[2] + 0.05 and lost[2] < 0.1
+
+
+def test_02_every_epsilon_has_an_index_and_a_guess_is_always_the_readers():
+    text = source("02")
+    bare = [text[m.start() - 30:m.end() + 25] for m in re.finditer(r"\\epsilon(?!_)", text)]
+    assert all("an $" in part or r"the $\epsilon$ of Eq. 1 and 2" in part for part in bare), bare
+    assert not re.search(r"\\epsilon(?!_)", page("teaching/HANDOUT.md").replace(r"the $\epsilon$ of Eq. 1 and 2", ""))
+    for module in ("objectives", "advantages"):
+        assert not re.search(r"\\epsilon(?!_)", (ROOT / f"dvr1_lite/{module}.py").read_text(encoding="utf-8"))
+    lines = [line for line in text.split("\n") if "guess" in line]
+    assert lines == [f'predict("02-{letter}", None)  # replace None by your guess' for letter in "abcdefg"]
+    assert not re.search(r"(?<!\{)\bclips?\b", text)  # a film is a "video" there; ratios are clipped
+
+
+def test_02_unsampled_completions_get_what_the_sampled_ones_lose():
+    sampled, policy = [0, 1], softmax(np.log([0.2, 0.2, 0.6]) + np.array([0.5, -1.0, 0.1]))
+    rho = np.log(policy / [0.2, 0.2, 0.6])[sampled]
+    formula = re.search(r"const unsampled = \(rho, mass\) => (.*);", (FOLDER / "explore.html").read_text("utf-8"))[1]
+    assert formula == "1 - mass * mean(rho.map(Math.exp))"
+    assert 1 - 0.4 * np.mean(np.exp(rho)) == pytest.approx(policy[2])
+    assert "Log-ratios moved freely are not a policy" in page("explore.html")
+    assert 'id="size" min="2" max="12"' in page("explore.html")
+
+
+def test_02_the_list_of_open_points_has_the_published_numbers():
+    published = json.loads((ROOT / "data/paper_results.json").read_text(encoding="utf-8"))
+    one, other = published["table_4_ablation"]["Reg-GRPO"][2], published["table_8_augmentation_scale"]["No Aug."][2]
+    base = published["table_1"]["Qwen2.5-VL-3B"]["base"][6], published["table_4_ablation"]["Qwen2.5-VL-3B"][2]
+    rows = source("02").split("## 14.")[1].split("## 15.")[0]
+    assert f"L3 {one}; {other}" in rows and f"L3 {base[0]}; {base[1]}" in rows
+    for place in ("Eq. 8, 18", "Eq. 7", "Eq. 3 to 8", "Eq. 2, 7", "section 3.3", "appendix C.1", "table 2"):
+        assert place in rows
+
+
+# 05 ------------------------------------------------------------------------------------------------------------------
+
+T = {(0.975, 3): 3.18245, (0.975, 6): 2.44691, (0.99375, 4): 4.31468, (0.8, 4): 0.94096}  # quantiles of Student's t
+
+
+def cells_05() -> list[nbformat.NotebookNode]:
+    return nbformat.read(next(FOLDER.glob("05_*.ipynb")), as_version=4).cells
+
+
+def test_05_the_intervals_of_the_four_pairs_by_hand():
+    a, b = np.array([78, 82, 75, 81]), np.array([76, 79, 74, 77])
+    assert "a = np.array([78.0, 82, 75, 81])" in source("05") and "b = np.array([76.0, 79, 74, 77])" in source("05")
+    gaps = a - b  # 2, 3, 1, 4: mean 2.5, squares about it 5
+    paired = T[0.975, 3] * (5 / 3) ** 0.5 / 2
+    unpaired = T[0.975, 6] * ((30 / 3 + 13 / 3) / 4) ** 0.5
+    assert list(gaps) == [2, 3, 1, 4] and unpaired / paired == pytest.approx(2.25, abs=0.01)
+    assert f"by hand +2.50 [{2.5 - paired:.2f}, {2.5 + paired:.2f}], n = 4" in outputs("05")
+    assert f"unpaired +2.50 [{2.5 - unpaired:.2f}, {2.5 + unpaired:.2f}]" in outputs("05")
+
+
+def test_05_answers_about_one_clip_are_not_independent():
+    seen, chances = 0.7, np.array([0.9, 0.4])  # of a clip; of an answer, seen well or not
+    mean = seen * chances[0] + (1 - seen) * chances[1]
+    between = seen * (1 - seen) * (chances[0] - chances[1]) ** 2
+    factor = (1 + 7 * between / (mean * (1 - mean))) ** 0.5
+    assert factor == pytest.approx(1.72, abs=0.005) and "< 0.7" in source("05") and "0.9, 0.4" in source("05")
+    from reader import find_answer
+    stored = find_answer("05-b")
+    assert abs(stored["answer"] - factor) <= stored["tolerance"] and "1.72" in stored["reason"]
+
+
+def test_05_a_table_of_four_false_claims_and_the_power_of_five_seeds():
+    from reader import find_answer
+    assert find_answer("05-c")["answer"] == pytest.approx(100 * (1 - 0.95**4), abs=0.1)
+    rng, delta = np.random.default_rng(11), (T[0.99375, 4] + T[0.8, 4]) / 5**0.5
+    tries = rng.normal(delta, 1, (100_000, 5))
+    found = (tries.mean(1) > T[0.99375, 4] * tries.std(1, ddof=1) / 5**0.5).mean()
+    assert 0.74 < found < 0.78 and f"a difference of {delta:.2f} sd is found in {100 * found:.0f} %" in outputs("05")
+    assert "for five seeds it promises a little too much" in source("05")
+    best = rng.normal(0, 2, (100_000, 9)).max(1).mean()
+    assert abs(find_answer("05-d")["answer"] - best) < 0.1
+
+
+def test_05_the_same_two_methods_have_opposite_predicted_signs_on_two_mixtures():
+    predicted = json.loads((ROOT / "data/results/predictions.json").read_text(encoding="utf-8"))
+    gap = {cell: 100 * (predicted[cell]["hinted"] - predicted[cell]["plain"]) for cell in ("F3", "A2")}
+    mostly, half = 0.9 * gap["F3"] + 0.1 * gap["A2"], (gap["F3"] + gap["A2"]) / 2
+    assert mostly > 5 and half < -5
+    assert f"hinted over plain {mostly:+.0f} points" in outputs("05")
+    assert f"hinted over plain {half:+.0f} points" in outputs("05")
+    assert "### Why can two fair comparisons of two methods disagree?" in source("05")
+    assert "Why can two fair comparisons of two methods disagree?" in source("00")
+
+
+def test_05_compares_signs_and_never_published_sizes():
+    text, published = source("05"), json.loads((ROOT / "data/paper_results.json").read_text(encoding="utf-8"))
+    numbers = {str(x) for name, table in published.items() if name.startswith(("table_4", "table_5", "table_7"))
+               for row, values in table.items() if row != "columns" for x in values}
+    assert len(numbers) > 30 and not [x for x in numbers if re.search(rf"(?<![\d.]){x}(?!\d)", text)]
+    assert not re.search(r"published [^:]*\d", outputs("05"))
+    assert "excluded" not in text + outputs("05") and "refuted" not in text + outputs("05")
+    for pair in ("Reg-GRPO over GRPO", "Reg-GRPO + DA over Reg-GRPO"):
+        assert f"{pair}: +++" in outputs("05")
+
+
+def test_05_tells_what_was_measured_in_one_cell_and_names_all_that_is_recorded():
+    told = [cell for cell in cells_05() if "results" in cell.metadata.get("tags", [])]
+    assert len(told) == 1 and told[0].source.startswith("**What the records say.**")
+    folders = [path.parent.name for path in (ROOT / "data/results").glob("*/aggregate.json")]
+    main = [name for name in folders if name.startswith(("phase_", "table", "figure3"))]
+    patterns = {name: re.sub(r"(?<=[a-z])(?=\d)", " ?", name.removeprefix("phase_")) for name in main}  # F3, table ?4
+    missing = [name for name, pattern in patterns.items() if not re.search(rf"(?i)\b{pattern}\b", told[0].source)]
+    assert missing == [], "the cell of notebook 05 that is tagged `results` does not mention these records"
+    assert ("No experiment of the protocol is recorded" in told[0].source) is not any(main)
+    for name in folders:
+        assert not re.search(rf"(?m)^{name} +not tested", outputs("05")), "run notebooks/save_outputs.py on notebook 05"
+
+
+def test_05_every_verdict_it_prints_stands_beside_a_condition():
+    lines = re.sub(r"\n {4}", " ", outputs("05")).split("\n")
+    judged = [line for line in lines if re.search("(same sign|opposite sign|undecided) here", line)
+              and not line.startswith("Figure 05-F: ")]  # counts
+    assert all(re.search(r"\((tiny model|along the chain|in the opening)", line) for line in judged), judged
+    for words in ("same sign here", "opposite sign here", "undecided here", "not tested"):
+        assert f"| {words} | " in source("05")
+
+
+def test_05_one_comparison_in_three_tables_is_counted_once():
+    assert "22 claims, 19 different comparisons" in outputs("05")
+    twice = ("Reg-GRPO over GRPO", "Reg-GRPO + DA over Reg-GRPO", "Reg-GRPO + DA over Reg-GRPO")  # tables 5, 7, 8
+    assert 22 - len(twice) == 19 and "stands in tables 4, 7 and 8" in source("05")
+
+
+# 06 ------------------------------------------------------------------------------------------------------------------
+
+
+def test_06_counts_the_settings_that_its_stand_in_replaces():
+    assert "one option change" not in source("06")
+    replaced, all_fields = map(int, re.search(r"(\d+) of (\d+) settings replaced", outputs("06")).groups())
+    assert all_fields == len(TrainConfig.__dataclass_fields__) and replaced >= 18
+
+
+def test_06_claims_nothing_of_a_gpu_that_is_not_recorded():
+    recorded = (ROOT / "data/results/bench/gpu_report.md").exists()
+    assert ("0 GPU reports are recorded" in outputs("06")) is not recorded
+    assert "No training at full scale was made" in source("06") and "On several GPUs it was not run" in source("06")
+    assert "not with several GPUs" in page("SCALING.md")
+
+
+def test_06_scaling_counts_what_a_process_sends():
+    from dvr1_lite.config import load_config
+    from dvr1_lite.scale.memory import predict
+
+    for name, sent, moments in (("3b", 210, 239), ("7b", 283, 323)):
+        static = predict(load_config(f"seed_bench_r1_qwen2_5_vl_{name}")).static
+        assert 2 * 7 / 8 * static["adapter"] / 1e6 == pytest.approx(sent, abs=1)
+        assert static["optimizer"] / 1e6 == pytest.approx(moments, abs=1)
+        assert f"{sent} MB" in page("SCALING.md") and f"{moments} MB" in page("SCALING.md")
+
+
+# 07 ------------------------------------------------------------------------------------------------------------------
+
+
+def sick(name: str) -> dict[str, np.ndarray]:
+    """The recorded metrics of a sick run, an array for each."""
+    lines = (ROOT / f"data/results/sick/{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {key: np.array([row[key] for row in rows]) for key in rows[0]}
+
+
+def test_07_the_gallery_shows_what_its_table_says():
+    healthy, text = sick("healthy"), source("07")
+    assert healthy["accuracy"][-5:].mean() > healthy["accuracy"][:2].mean() + 0.2
+    collapse = sick("format_collapse")
+    assert collapse["format_rate"][0] > 0.9 and collapse["format_rate"][-5:].max() < 0.1 < collapse["unfinished"][-1]
+    explosion = sick("kl_explosion")
+    assert explosion["kl"].max() > 1e5 > 1 > healthy["kl"].max()
+    assert explosion["accuracy"][-10:].mean() > explosion["accuracy"][:2].mean() + 0.2
+    assert sick("all_vanished")["vanishing_all_wrong"].mean() > 0.9
+    ignored = sick("video_ignored")
+    assert ignored["accuracy"][0] < 0.4 and abs(ignored["accuracy"][-10:].mean() - 36 / 60) < 0.15
+    hacked = sick("reward_hacked")
+    assert hacked["reward_normalised"][-5:].mean() > hacked["reward_normalised"][:2].mean() + 0.1
+    assert 0.05 < hacked["accuracy"][-10:].mean() < 0.15 and "accuracy stays near 0.1" in text
+    assert sick("too_slow")["kl"].max() < 0.01
+
+
+def test_07_the_controls_tell_the_run_that_ignores_its_clips():
+    found = json.loads((ROOT / "data/results/sick/controls.json").read_text(encoding="utf-8"))
+    assert found["healthy"]["ci95"][0] > 0 > found["video_ignored"]["ci95"][0]
+    assert abs(found["video_ignored"]["difference"]) < 0.1
+
+
+def test_07_learning_rates_of_the_gallery_are_those_of_the_script():
+    from sick_runs import COMMON, RUNS
+
+    rate = COMMON["learning_rate"]
+    times = {name: RUNS[name].changes["learning_rate"] / rate for name in ("format_collapse", "kl_explosion")}
+    assert round(times["format_collapse"]) == 33 and round(times["kl_explosion"]) == 13
+    assert rate / RUNS["too_slow"].changes["learning_rate"] == pytest.approx(300)
+    for words in ("33 times too large", "13 times too large", "300 times too small"):
+        assert words in source("07")
+
+
+def test_07_a_pilot_samples_a_thousand_completions():
+    from inspect import signature
+
+    from dvr1_lite.scale.pilot import CONTROL_SAMPLES, pilot
+    from reader import find_answer
+
+    default = {name: entry.default for name, entry in signature(pilot).parameters.items()}
+    assert default["prompts"] * (default["completions"] + 3 * CONTROL_SAMPLES) == find_answer("07-b")["answer"] == 1000
