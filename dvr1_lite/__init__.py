@@ -2,7 +2,7 @@
 
 import importlib
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _HOMES = {"read_records": "data", "Record": "data", "prompt_text": "data", "read_clip": "video", "Policy": "policy",
           "load_policy": "run", "encode_record": "policy", "sample_groups": "rollout", "score": "rewards",

@@ -26,7 +26,7 @@ STATES = ("all incorrect", "live", "all correct")
 STATE_COLOURS = dict(zip(STATES, (INCORRECT, "#DDCC77", CORRECT)))
 PLAN_LOOKS = {"hint": ("#882255", "^", "hard: hint"), "none": ("#999999", "o", "unchanged"),
               "noise": ("#332288", "v", "easy: noise")}
-CELL_COLOURS = {"F1": "#88CCEE", "F2": "#332288", "F3": "#44AA99", "F4": "#117733", "A2": "#882255", "S": "#DDCC77"}
+CELL_COLOURS = {"F1": "#88CCEE", "F2": "#332288", "F3": "#CC6677", "F4": "#117733", "A2": "#882255", "S": "#DDCC77"}
 CONFIG = TrainConfig()
 
 # --- prompts and groups ----------------------------------------------------------------------------------------------

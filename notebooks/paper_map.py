@@ -103,9 +103,11 @@ def numbers(text: str) -> set[int]:
 def mentions(text: str, paper: str) -> bool:
     """Whether a Markdown text has this equation (as a tag or in words), table, figure or appendix."""
     kind, name = paper.split(" ")
+    listed = r"\d+(?:(?:, | and | to )\d+)*(?![\d.])"
+    if kind in ("table", "figure"):
+        return any(int(name) in numbers(place) for place in re.findall(rf"(?i)\b{kind}s? ({listed})", text))
     if kind != "Eq.":
         return re.search(rf"(?i)\b{kind}s? {name}\b", text) is not None
-    listed = r"\d+(?:(?:, | and | to )\d+)*(?![\d.])"
     places = re.findall(rf"\\tag\{{({listed})\}}", text) + re.findall(rf"\bEq\. ({listed})", text)
     return any(int(name) in numbers(place) for place in places)
 

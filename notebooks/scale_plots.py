@@ -61,8 +61,9 @@ def sick_panels(runs: Mapping[str, Sequence[Mapping]], panels: Mapping[str, tupl
             lines.append((label, line[-1], colour))
         if "kl" in metrics:
             axes.set_yscale("symlog", linthresh=0.1)
+            axes.set_ylabel("nats")
         else:
-            axes.set_ylim(-0.05, 1.12)
+            axes.set(ylim=(-0.05, 1.12), ylabel="share")
         label_ends(axes, lines)
         axes.set_title(heading, fontsize=10)
     for axes in grid[-1]:

@@ -60,8 +60,8 @@ RULES = (  # the first that applies is the verdict
          lambda found: found["format"]["rate"] < FORMAT,
          "describe the form <think>...</think><answer>...</answer> in --instruction; if that is not enough, fine-tune "
          "the model on a few hundred examples of the form (SFT)"),
-    Rule("SFT first", f"the success rate is below {100 * SUCCESS:.0f} % with all of its interval",
-         lambda found: found["success"]["ci95"][1] < SUCCESS,
+    Rule("SFT first", f"nothing succeeds, or the success rate is below {100 * SUCCESS:.0f} % with all of its interval",
+         lambda found: not found["success"]["rate"] or found["success"]["ci95"][1] < SUCCESS,
          "fine-tune the model on solved examples, or ask questions that it can sometimes answer"),
     Rule("use easier questions", f"{FEW} more of the others are all incorrect than all correct",
          lambda found: found["spread"] < SPREAD and found["all_incorrect"] > found["all_correct"],

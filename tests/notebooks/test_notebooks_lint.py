@@ -37,13 +37,6 @@ FORBIDDEN = {  # STYLE.md: words that a technical editor would not pass, and wha
     r"\ball-(right|wrong)\b": "all correct, all incorrect", r"\bversion 0\.1\b": "nothing: the project has no past",
     r"\bbackwards\b|[\"'`]return[\"'`]": "nothing: these types of question were dropped"}
 
-# Not rewritten yet, and not held to rhythm, words and figure labels. To be emptied, then removed with its two tests.
-NOT_YET = {
-    "03_difficulty_aware_augmentation.ipynb",
-    "06_full_scale.ipynb",
-    "solutions/03_difficulty_aware_augmentation.ipynb",
-    "solutions/06_full_scale.ipynb"}
-
 
 def read(path: Path) -> nbformat.NotebookNode:
     return nbformat.read(path, as_version=4)
@@ -118,10 +111,6 @@ def truth_values(text: str) -> list[str]:
 
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=[short_name(p) for p in NOTEBOOKS])
-rewritten = pytest.mark.parametrize("path", [p for p in NOTEBOOKS if short_name(p) not in NOT_YET],
-                                    ids=[short_name(p) for p in NOTEBOOKS if short_name(p) not in NOT_YET])
-
-
 @each
 def test_a_notebook_is_valid_small_and_has_a_solution(path):
     nbformat.validate(read(path))
@@ -149,7 +138,7 @@ def test_code_lines_fit_a_laptop(path):
     assert [line for cell in code_cells(path) for line in cell.source.split("\n") if len(line) > MAX_COLUMNS] == []
 
 
-@rewritten
+@each
 def test_the_rhythm_is_short_code_and_short_text(path):
     found = measures(path)
     print(short_name(path), found)
@@ -158,21 +147,21 @@ def test_the_rhythm_is_short_code_and_short_text(path):
     assert found["code longest"] <= MAX_CODE and found["longest paragraph"] <= MAX_PARAGRAPH, found
 
 
-@rewritten
+@each
 def test_no_bare_truth_value_is_printed(path):
     results = [output.get("data", {}).get("text/plain", "") for cell in code_cells(path) for output in cell.outputs]
     lines = [line for cell in code_cells(path) for line in truth_values(printed(cell))]
     assert lines + [line for text in results for line in truth_values(text)] == [], "print the number, with n"
 
 
-@rewritten
+@each
 def test_notebooks_use_the_words_of_the_field(path):
     cells = read(path).cells
     text = "\n".join(cell.source + "\n" + (printed(cell) if cell.cell_type == "code" else "") for cell in cells)
     assert forbidden_words(text) == []
 
 
-@rewritten
+@each
 def test_figures_are_labelled_with_the_number_of_the_notebook_and_a_letter(path):
     cells, number = read(path).cells, re.match(r"\d\d[a-z]?|[A-Z]", path.name)[0]
     around = [cells[max(i - 1, 0):i + 2] for i, cell in enumerate(cells)
@@ -184,10 +173,6 @@ def test_figures_are_labelled_with_the_number_of_the_notebook_and_a_letter(path)
     letters = sorted(set(re.findall(rf"Figure {number}-([A-Z])\b", "\n".join(cell.source for cell in cells))))
     assert letters == [chr(ord("A") + i) for i in range(len(letters))], letters
     assert not re.search(r"\b[Oo]ur figure|^\*Figure \d+\.", markdown(read(path)), flags=re.M)
-
-
-def test_the_list_of_notebooks_to_rewrite_has_only_notebooks():
-    assert {short_name(path) for path in NOTEBOOKS} >= NOT_YET
 
 
 @each
