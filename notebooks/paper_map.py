@@ -22,7 +22,7 @@ TOPICS = {
     "01": "GRPO in 60 lines; why its loss reads 0",
     "02": "where Reg-GRPO's loss comes from, and what it measures",
     "03": "hints and noise: when they help, when they harm",
-    "03b": "hints to the rescue, which words to show, students of other models",
+    "03b": "rescue and harm counted, how many words to show, what students learn",
     "04": "the training step of a video model, opened",
     "05": "the paper's tables beside ours, with intervals",
     "06": "a configuration for your GPU",

@@ -295,7 +295,8 @@ def claims_frame(claims: Sequence[Claim]) -> pd.DataFrame:
         "paper": c.paper, "claim": c.text, "verdict": c.verdict + (f" (as in {c.repeats})" if c.repeats else ""),
         "difference": "-" if c.effect is None else f"{c.effect:+.1f}", "over seeds, corrected": _interval(c.interval),
         "by clip": _interval(c.by_clip), "at temperature 1": f"{c.sampled['mean']:+.1f} "
-        f"{_interval(c.sampled['ci_corrected'])}" if c.sampled else "-", "detectable": "-" if c.detectable is None else f"{c.detectable:.1f}",
+        f"{_interval(c.sampled['ci_corrected'])}" if c.sampled else "-",
+        "detectable": "-" if c.detectable is None else f"{c.detectable:.1f}",
         "seeds": c.seeds or "-", "published": "none" if c.published is None else f"{c.published:+.1f}"[0],
         "condition": c.condition or "-"} for c in claims])
 
@@ -317,8 +318,8 @@ def report(names: Sequence[str], out: str | Path) -> list[Path]:
     r"""Aggregate recorded runs anew, write each experiment's tables and figures, and return the figures' paths.
 
     names: experiments; none for all that have an aggregate in the results folder `out`, and the paper's claims
-    (`claims.md`, `claims.png`) and the headline figures. Nothing is trained: the runs are those that aggregate.json names. Curves are drawn for
-    experiments with claims about them. Raises `ConfigError` if an experiment has no recorded runs.
+    (`claims.md`, `claims.png`) and the headline figures. Nothing is trained: the runs are those that aggregate.json
+    names. Curves are drawn for experiments with claims about them. Raises `ConfigError` if an experiment has no recorded runs.
     """
     results, figures = Path(out), {}
     chosen = list(names) or [name for name in EXPERIMENTS if (results / name / "aggregate.json").exists()]

@@ -70,8 +70,8 @@ def _reg_da(name: str, published: str | None = None, **changes) -> Row:
     return _row(name, published, **{"method": "reg-grpo", "augment": "both"} | changes)
 
 
-def _against(row: str, *rivals: str, swap: bool = False) -> tuple[tuple[str, str], ...]:
-    return tuple((rival, row) if swap else (row, rival) for rival in rivals)
+def _against(row: str, *rivals: str) -> tuple[tuple[str, str], ...]:
+    return tuple((row, rival) for rival in rivals)
 
 
 def _unlimited(row: Row) -> Row:
@@ -148,7 +148,8 @@ def _phase(cell: str) -> Experiment:
     where = "deficit along the chain" if cell[0] == "F" else "deficit in the opening"
     rows = tuple(Row(name, {"method": "grpo"} | changes) for name, changes in VARIANTS.items())
     return Experiment(
-        f"phase_{cell}", f"Which variant helps in cell {cell}?", rows, _against("plain", *list(VARIANTS)[1:], swap=True),
+        f"phase_{cell}", f"Which variant helps in cell {cell}?", rows,
+        tuple((name, "plain") for name in list(VARIANTS)[1:]),
         common={"train_file": f"data/toyvideoqa/train_{cell}.jsonl", "beta": 0.1, "learning_rate": 3e-4,
                 "eval_files": [f"cell=data/toyvideoqa/test_{cell}.jsonl"], "difficulty_reference": "absolute",
                 "absolute_reward": 1.0, "hint_max": 0.6, "noise_scale": 0.4},
@@ -160,7 +161,8 @@ PHASE = tuple(map(_phase, CELL_SUCCESS))
 ROBUST = {"GRPO": {"method": "grpo"}, "GRPO, clip 0.2": {"method": "grpo", "clip_eps": 0.2},
           "GRPO, normalised gradient": {"method": "grpo", "max_grad_norm": 0.02},
           "GSPO": {"method": "grpo", "ratio_level": "sequence", "clip_eps": 0.2},
-          "Reg-GRPO, eps 0.1": {"method": "reg-grpo"}, "Reg-GRPO, eps 0.01": {"method": "reg-grpo", "predicted_eps": 0.01},
+          "Reg-GRPO, eps 0.1": {"method": "reg-grpo"},
+          "Reg-GRPO, eps 0.01": {"method": "reg-grpo", "predicted_eps": 0.01},
           "Centred regression": {"method": "centred-regression"}}
 BEYOND = (
     Experiment("variants", "Which variant of the augmentation helps where all types of question are mixed?",
@@ -230,7 +232,8 @@ def _tune(name: str, methods: Iterable[str]) -> Experiment:
     rows = tuple(Row(f"{method}, {weight_of(method)} {weight:g}, learning rate {rate:g}",
                      {"method": method, "learning_rate": rate, weight_of(method): weight})
                  for method in methods for weight in KL_WEIGHTS for rate in LEARNING_RATES)
-    return Experiment(name, "Which learning rate and KL weight does each method get?", rows, (), 1, TUNE_SEED, common=TUNE_ON)
+    return Experiment(name, "Which learning rate and KL weight does each method get?", rows, (), 1, TUNE_SEED,
+                      common=TUNE_ON)
 
 
 TUNING = (
@@ -247,7 +250,7 @@ GROUPS = {"all": tuple(e.name for e in PAPER), "phase": tuple(e.name for e in PH
 
 
 def find_experiments(name: str) -> list[Experiment]:
-    r"""Return the experiment of that name, or those of `all`, `phase` or `projects`. Raises `ConfigError` with the names."""
+    r"""Return the experiment of that name, or those of `all`, `phase` or `projects`. Raises `ConfigError`."""
     if name not in EXPERIMENTS and name not in GROUPS:
         raise ConfigError(f"no experiment is called {name!r}: use one of {', '.join([*EXPERIMENTS, *GROUPS])}")
     return [EXPERIMENTS[one] for one in GROUPS.get(name, (name,))]

@@ -122,6 +122,136 @@ def test_01_the_curve_of_the_video_model_is_plain_grpo():
     assert "main_run" not in text
 
 
+# 03 ------------------------------------------------------------------------------------------------------------------
+
+CELLS_03 = ("F2", "F3", "F4", "A2", "A3")
+
+
+def phase(cell: str, variant: str, how: str = "sampled") -> list[float]:
+    """Success after training of every recorded run of a cell and a variant, read from the run files themselves."""
+    folder = ROOT / "data/results" / f"phase_{cell}"
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*_seed*.json"))]
+    return [run[how]["cell"]["accuracy"] for run in runs if run["row"] == variant]
+
+
+def learned(cell: str, variant: str) -> str:
+    successes = phase(cell, variant)
+    return f"{sum(value > 0.5 for value in successes)} of {len(successes)}"
+
+
+def functions_of_03(*beginnings: str) -> dict:
+    """Run those code cells of notebook 03 that begin like this, and return their names."""
+    path, names = next(FOLDER.glob("03_*.ipynb")), {"np": np, "torch": torch}
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    for beginning in beginnings:
+        exec(next(cell for cell in cells if cell.startswith(beginning)), names)
+    return names
+
+
+def test_03_reinforcement_learning_reads_no_true_trace():
+    from inspect import getsource
+
+    from dvr1_lite import training
+    from dvr1_lite.lab import variants
+
+    assert "written with the answer shown" in source("03") and "Reinforcement learning never reads them" in source("03")
+    assert not re.search(r"record\.trace|one\.trace|\.process", getsource(training) + getsource(variants))
+
+
+def test_03_lists_the_five_readings_before_it_computes_anything():
+    from dvr1_lite.augmentation import Augmentation
+    from dvr1_lite.lab.variants import VARIANTS
+    from dvr1_lite.training import Trainer
+
+    before = source("03").split("## 1. ")[0]
+    assert all(f"*{name}*" in before for name in ("Replaced", "Only vanished", "Kept", "Mixed", "Unhinted"))
+    assert Trainer.combine(None, "own", "hinted", Augmentation("hint", 0.3)) == ["hinted"]  # the default replaces
+    assert VARIANTS["kept"].combine(None, "own", "hinted", Augmentation("hint", 0.3)) == ["own", "hinted"]
+
+
+def test_03_shows_the_confounder_in_plain_sight():
+    path = next(FOLDER.glob("03_*.ipynb"))
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert not any(cell.metadata.get("jupyter", {}).get("outputs_hidden") for cell in cells)
+    text = source("03").split("## 7. ")[1].split("## 8. ")[0]
+    assert "The control is an **empty hint**" in text and "the *presence* of a hint does everything" in text
+
+
+def test_03_an_empty_hint_switches_the_habit_off_in_s_only():
+    cells = json.loads((ROOT / "data/base_model/acceptance.json").read_text(encoding="utf-8"))["cells"]
+    factors = {cell: [found["empty_hint"] for name, found in cells.items() if name.endswith(f"-{cell}")]
+               for cell in ("F2", "A2", "S")}
+    assert all(len(found) == 3 for found in factors.values())
+    assert min(factors["S"]) > 20 and all(0.5 < one < 2 for cell in ("F2", "A2") for one in factors[cell])
+    jumps = [found["hint"]["1"] / found["success"] for name, found in cells.items() if name.endswith("-A2")]
+    assert min(jumps) > 20  # the first word is decisive
+
+
+def test_03_what_a_hint_shows_gets_no_gradient_in_the_simulation():
+    names = functions_of_03("def draw(")
+    P, rng = np.full((6, 9), 0.7), np.random.default_rng(3)
+    gradient = names["pull_on_logits"](P, *names["draw"](P, np.full(6, 4), rng), 0.0)
+    assert (gradient[:, :4] == 0).all() and (gradient[:, 4:] != 0).any()
+    shared = names["pull_on_logits"](P, *names["draw"](P, np.full(6, 4), rng), 1.0)
+    assert (shared[:, 0] == 0).all() and (shared[:, 1:4] != 0).any()  # steps can share, the opening cannot
+
+
+def test_03_the_simulated_signs_are_those_of_the_text():
+    simulate = functions_of_03("def draw(", "def lend(", "def simulate(")["simulate"]
+    at = {"F3": (1e-3, 0), "F4": (1e-4, 0), "A2": (1e-2, 1), "A3": (1e-3, 1)}
+    final = {(cell, name): simulate(name, *at[cell]).mean() for cell, name in (
+        ("F4", "plain"), ("F4", "hinted"), ("A2", "plain"), ("A2", "hinted"), ("A3", "only vanished"), ("A3", "mixed"))}
+    assert final["F4", "hinted"] > final["F4", "plain"] + 0.2 and final["A2", "hinted"] < 0.05 < 0.9 < final["A2", "plain"]
+    assert final["A3", "only vanished"] < 0.05 and final["A3", "mixed"] > 0.9
+    sharing = {s: {cell: simulate("hinted", *at[cell], s).mean() for cell in ("F3", "A2")} for s in (0, 1)}
+    assert sharing[0]["F3"] < 0.3 < 0.9 < sharing[1]["F3"] and max(sharing[s]["A2"] for s in (0, 1)) < 0.05
+
+
+def test_03_what_is_said_about_the_recorded_runs():
+    text = source("03").split("**What the runs say.**")[1].split("## 11.")[0]
+    runs = [value for cell in CELLS_03 for name in ("plain", "resampled", "hinted", "only vanished", "kept", "mixed")
+            for value in phase(cell, name)]
+    assert f"{len(runs)} runs at equal rollouts" in text
+    assert f"plain learned in {learned('F4', 'plain')} runs, only vanished and mixed in {learned('F4', 'mixed')}" in text
+    assert learned("F4", "only vanished") == learned("F4", "mixed")
+    assert "Hinted reached {:.2f} and {:.2f} (*same sign here* greedily".format(*sorted(phase("F4", "hinted"))) in text
+    assert min(phase("F4", "hinted", "accuracy")) > max(phase("F4", "plain", "accuracy"))
+    assert f"plain learned in {learned('A3', 'plain')}, hinted in {learned('A3', 'hinted')}" in text
+    assert f"hinted {phase('A2', 'hinted')[0]:.2f} against {phase('A2', 'plain')[0]:.2f} (n = 1" in text
+    assert all(learned(cell, name) == "1 of 1" for cell in ("F2", "F3") for name in ("hinted", "plain"))
+    mixed = [value for cell in CELLS_03 for value in phase(cell, "mixed")]
+    assert f"**Mixed** learned in {sum(value > 0.5 for value in mixed)} of {len(mixed)} runs" in text
+    assert max(phase("F4", "kept")) < 0.5
+
+
+def test_03_speaks_of_measured_results_in_one_cell_only():
+    path = next(FOLDER.glob("03_*.ipynb"))
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
+    assert len([cell for cell in cells if re.search("(same sign|opposite sign|undecided) here", cell)]) == 1
+
+
+# 03b -----------------------------------------------------------------------------------------------------------------
+
+
+def test_03b_hints_along_a_chain_follow_the_law():
+    cells = json.loads((ROOT / "data/base_model/acceptance.json").read_text(encoding="utf-8"))["cells"]
+    for name in (name for name in cells if "-F" in name):
+        p0 = cells[name]["target"]
+        for words in (0, 4, 8, 12):  # two words a value
+            assert cells[name]["hint"][str(words)] == pytest.approx(p0 ** (1 - words / 16), abs=0.12)
+    assert r"p(h)=s^{\,k-h}=p_0^{\,1-h/k}" in source("03b")
+
+
+def test_03b_three_of_eight_values_wake_f1_and_not_f4():
+    def live(p0: float, shown: int) -> float:
+        p = p0 ** (1 - shown / 8)
+        return 1 - p**8 - (1 - p) ** 8
+
+    assert live(0.05, 3) > 0.6 and live(1e-4, 3) < 0.1
+    assert min(h for h in range(9) if 1e-3 ** (1 - h / 8) >= 0.3) == 7  # prediction 03b-b
+    assert "Three of eight values wake F1, not F4" in source("03b")
+
+
 # 04 ------------------------------------------------------------------------------------------------------------------
 
 

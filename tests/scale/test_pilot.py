@@ -22,8 +22,8 @@ from dvr1_lite.scale.pilot import (RULES, compare, controls, describe, duration,
 from dvr1_lite.training import Group
 from tests.small_run import small_config, write_world
 
-FINE = {"truncated": 0.0, "format": {"rate": 1.0}, "success": {"ci95": [0.3, 0.6]}, "spread": 0.5, "all_correct": 0.2,
-        "all_incorrect": 0.3}
+FINE = {"truncated": 0.0, "format": {"rate": 1.0}, "success": {"rate": 0.4, "ci95": [0.3, 0.6]}, "spread": 0.5,
+        "all_correct": 0.2, "all_incorrect": 0.3}
 
 
 def group(clip: str, accuracies: list[float], form: float = 1.0) -> Group:
@@ -95,8 +95,9 @@ def test_the_controls_show_another_clip_one_frame_and_another_order():
     ({}, "train", "at least 20 % of the groups"),
     ({"truncated": 0.26}, "fix the prompt or format first", "reach max_new_tokens"),
     ({"truncated": 0.25, "format": {"rate": 0.49}}, "fix the prompt or format first", "fewer than 50 %"),
-    ({"success": {"ci95": [0.0, 0.04]}, "spread": 0.1}, "SFT first", "below 5 %"),
-    ({"success": {"ci95": [0.0, 0.06]}, "spread": 0.1}, "use easier questions", "all incorrect than all correct"),
+    ({"success": {"rate": 0.01, "ci95": [0.0, 0.04]}, "spread": 0.1}, "SFT first", "below 5 %"),
+    ({"success": {"rate": 0.0, "ci95": [0.0, 0.08]}, "spread": 0.0}, "SFT first", "nothing succeeds"),
+    ({"success": {"rate": 0.03, "ci95": [0.0, 0.06]}, "spread": 0.1}, "use easier questions", "all incorrect than all correct"),
     ({"spread": 0.19, "all_correct": 0.6}, "use harder questions", "as many"),
     ({"spread": 0.2, "all_correct": 0.8, "all_incorrect": 0.0}, "train", "no other rule")])
 def test_the_first_rule_that_applies_is_the_verdict(changes, verdict, reason):
