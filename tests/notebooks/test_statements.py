@@ -155,7 +155,7 @@ def test_03_reinforcement_learning_reads_no_true_trace():
     from dvr1_lite.lab import variants
 
     assert "written with the answer shown" in source("03") and "Reinforcement learning never reads them" in source("03")
-    assert not re.search(r"record\.trace|one\.trace|\.process", getsource(training) + getsource(variants))
+    assert not re.search(r"\.trace\b", getsource(training) + getsource(variants))
 
 
 def test_03_lists_the_five_readings_before_it_computes_anything():

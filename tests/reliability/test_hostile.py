@@ -3,6 +3,7 @@ r"""Hostile input: completions that try to cheat, files that try to break or to 
 import ast
 import json
 import os
+import re
 import pickle
 import shutil
 from dataclasses import replace
@@ -89,7 +90,7 @@ def sources() -> dict[str, ast.AST]:
     for path in notebooks():
         for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
             if cell["cell_type"] == "code":
-                code = "".join("pass\n" if line.lstrip().startswith(("%", "!")) else line for line in cell["source"])
+                code = "".join("pass\n" if re.match(r"\s*(%|!(?!=))", line) else line for line in cell["source"])
                 found[f"{path.name}, cell {number}"] = ast.parse(code)
     return found
 

@@ -27,7 +27,6 @@ from dvr1_lite.scale.engines.coefficients import (LOSS_TYPES, coefficients, comp
                                                   token_weights)
 from dvr1_lite.training import Group
 from dvr1_lite.video import read_clip
-from tests.small_run import coin_score
 
 ROOT, GROUP, TOKENS, LIMIT = Path(__file__).resolve().parents[2], 4, 7, 9
 RECORD = Record("r1", "what colour comes first", ("red", "green"), "A", "multiple choice", "colour", Path("a.mp4"))
