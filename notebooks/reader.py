@@ -73,10 +73,8 @@ def same(answer: Any, truth: Any, tolerance: float = 0.0) -> bool:
     return type(answer) is type(truth) and answer == truth
 
 
-def predict(name: Any, guess: Any, *old: Any, **old_settings: Any) -> None:
+def predict(name: str, guess: Any) -> None:
     """Print the answer of a prediction and its reason beside the reader's guess; without a guess, print neither."""
-    if old or old_settings:
-        return _old_predict(name, guess, *old, **old_settings)
     known = find_answer(name)
     answer, kind = known["answer"], {bool: "True or False", str: "a word in quotes"}
     if guess is None:
@@ -88,13 +86,11 @@ def predict(name: Any, guess: Any, *old: Any, **old_settings: Any) -> None:
         print(f"Prediction {name}: your guess is {guess}; the answer is {answer}. {known['reason']}")
 
 
-def quiz(name: Any, answers: Mapping[str, Any], tolerance: float | None = None) -> None:
+def quiz(name: str, answers: Mapping[str, Any]) -> None:
     """Print a line for every incorrect answer, and how many questions were answered and how many correctly.
 
     Question `q1` of the quiz `refresher` is `refresher-q1` in answers.json.
     """
-    if isinstance(name, Mapping):
-        return _old_quiz(name, answers, tolerance or 0.0)
     known = {question: find_answer(f"{name}-{question}") for question in answers}
     tried = {question: answer for question, answer in answers.items() if answer is not None}
     incorrect = [question for question, answer in tried.items()
@@ -127,14 +123,12 @@ def guarded(attempt: Any) -> Any:
     return call
 
 
-def exercise(name: str, attempt: Any, *old: Any) -> None:
+def exercise(name: str, attempt: Any) -> None:
     """Run the check `exercise_NN_K` of exercises.py on an attempt and print one line.
 
     The attempt is a value, a tuple of values or a function. It counts as "not attempted yet" while it (or a part of
     it) is None, or while its function returns None or raises NotImplementedError.
     """
-    if old:
-        return _old_exercise(name, attempt, *old)
     check = getattr(importlib.import_module("exercises"), "exercise_" + name.replace(".", "_"), None)
     if check is None:
         raise KeyError(f"no check for exercise {name}; add exercise_{name.replace('.', '_')}(attempt) to exercises.py")
@@ -179,44 +173,6 @@ def main(arguments: list[str] | None = None) -> None:
             if name.startswith(given.begin):
                 print(f"{name}: {entry['answer']!r} (tolerance {entry['tolerance']}). {entry['reason']}")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Call forms of notebooks that pass the answer or the check themselves. Remove them, and the *old arguments above, with
-# the last such notebook.
-
-def _old_predict(guess: Any, answer: Any, why: str, tolerance: float = 0.0) -> None:
-    if guess is None:
-        print(f"No guess made. It is {answer}: {why}")
-    elif same(guess, answer, tolerance):
-        print(f"Yes, {answer}: {why}")
-    else:
-        print(f"You said {guess}; it is {answer}: {why}")
-
-
-def _old_quiz(answers: Mapping[str, Any], key: Mapping[str, tuple[Any, str]], tolerance: float) -> None:
-    tried = {name: answer for name, answer in answers.items() if answer is not None}
-    right = [name for name, answer in tried.items() if same(answer, key[name][0], tolerance)]
-    for name in (name for name in tried if name not in right):
-        print(f"{name}: not quite. {key[name][1]}")
-    print(f"answered {len(tried)} of {len(key)}, right {len(right)}" if tried else "not attempted yet")
-
-
-def _old_exercise(name: str, attempt: Any, check: Any) -> None:
-    if any(answer is None for answer in (attempt if isinstance(attempt, (tuple, list)) else (attempt,))):
-        print(f"Exercise {name}: not attempted yet")
-        return
-    try:
-        check()
-    except AssertionError as error:
-        print(f"Exercise {name}: not yet.", str(error).split("\n")[0])
-    except Exception as error:  # the reader's own code may raise anything
-        print(f"Exercise {name}: it stopped with {type(error).__name__}: {error}")
-    else:
-        print(f"Exercise {name}: right")
-
-
-REFRESHER = {name.removeprefix("refresher-"): (entry["answer"], entry["reason"])
-             for name, entry in load_answers().items() if name.startswith("refresher-")}
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 r"""The recipe of the tiny base model: `python -m dvr1_lite pretrain`.
 
-Three stages, all on scenes that no split of ToyVideoQA contains:
+Four stages, all on scenes that no split of ToyVideoQA contains:
 
 1. **Perception.** Every visual token is trained to predict what its two frames show: shape, colour, place, move and
    flash. Without this stage the language model learns to ignore the video. Afterwards the encoder stays frozen.
@@ -10,7 +10,8 @@ Three stages, all on scenes that no split of ToyVideoQA contains:
 3. **Habits.** With the probabilities in `HABITS`, the target is a guess instead. Like a real model before
    reinforcement learning, the base model then *can* do more than it usually *does*, and its groups vanish at both ends.
    This is by design and says nothing about real video. Stages 2 and 3 are the same training run, with mixed targets.
-4. **Chains.** Half of the examples are now chain types, whose plain success is set for each cell by `CHAIN_SUCCESS`:
+4. **Chains.** In two more cycles three quarters of the examples about a journey or a signal are chain types. Their
+   plain success is set for each cell by `CHAIN_SUCCESS`:
 
    - F: each step of the chain goes wrong with the same probability, also behind the beginning that a hint gives;
    - A: the opening gives way to a habit, the last value alone; whatever follows a good opening is good. A hint that

@@ -173,17 +173,6 @@ def test_every_exercise_has_a_check_and_every_check_an_exercise():
     assert asked == known, f"without a check {sorted(asked - known)}, without a cell {sorted(known - asked)}"
 
 
-def test_the_old_call_forms_still_work(capsys):
-    for guess in (None, 2, 3):
-        predict(guess, 2, "because")
-    exercise("1", None, lambda: None)
-    exercise("2", 1, lambda: None)
-    quiz({"q1": None}, reader.REFRESHER)
-    assert capsys.readouterr().out.splitlines() == [
-        "No guess made. It is 2: because", "Yes, 2: because", "You said 3; it is 2: because",
-        "Exercise 1: not attempted yet", "Exercise 2: right", "not attempted yet"]
-
-
 def test_every_project_says_what_to_look_at():
     assert list(LOOK_AT) == [one.name for one in PROJECTS]
 

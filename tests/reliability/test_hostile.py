@@ -3,8 +3,8 @@ r"""Hostile input: completions that try to cheat, files that try to break or to 
 import ast
 import json
 import os
-import re
 import pickle
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
