@@ -53,12 +53,12 @@ class RewardHistory:
     def difficulty(self, group_mean: float) -> float:
         r"""Compute Eq. 9, $\Delta R(x) = \mathrm{mean}(B_W) - \bar R(x)$: above 0 hard, below 0 easy.
 
-        It is 0.0 until a quarter of the window is filled, with a fixed reference too. Call it before `push`, so that a
+        Without a fixed reference it is 0.0 until a quarter of the window is filled. Call it before `push`, so that a
         prompt is not compared with itself.
         """
-        if len(self._rewards) < self.window / 4:
-            return 0.0
-        return (self.mean if self.reference is None else self.reference) - group_mean
+        if self.reference is not None:
+            return self.reference - group_mean
+        return self.mean - group_mean if len(self._rewards) >= self.window / 4 else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         r"""Return the history as JSON types; floats are restored bit for bit."""

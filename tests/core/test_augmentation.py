@@ -36,13 +36,19 @@ def test_difficulty_is_the_mean_of_the_last_window_minus_the_groups_own():
 
 
 @pytest.mark.parametrize(("window", "needed"), [(100, 25), (10, 3), (4, 1), (1, 1)])
-@pytest.mark.parametrize(("reference", "expected"), [(None, 1.0), (0.4, 0.4)])
-def test_nothing_is_hard_or_easy_before_a_quarter_of_the_window(window, needed, reference, expected):
-    history = RewardHistory(window, reference)
+def test_nothing_is_hard_or_easy_before_a_quarter_of_the_window(window, needed):
+    history = RewardHistory(window)
     for _ in range(needed):
         assert history.difficulty(0.0) == 0.0
         history.push(1.0)
-    assert history.difficulty(0.0) == expected
+    assert history.difficulty(0.0) == 1.0
+
+
+def test_a_fixed_reference_needs_no_history():
+    history = RewardHistory(100, 0.4)
+    assert history.difficulty(0.0) == 0.4 and history.difficulty(1.0) == pytest.approx(-0.6)
+    history.push(1.0)
+    assert history.difficulty(0.0) == 0.4
 
 
 def test_a_saved_history_is_restored_bit_for_bit_through_json():
