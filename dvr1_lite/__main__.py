@@ -176,7 +176,7 @@ def _or_none(kind: type) -> Callable[[str], object]:
 def evaluate_command(arguments: Sequence[str]) -> int:
     r"""Answer the questions of a file and report accuracy with intervals; resumes what an earlier call began."""
     from .distributed import set_threads
-    from .evaluation import claim_folder, compare_saved, evaluate, limited, summarise
+    from .evaluation import claim_folder, compare_saved, controls, evaluate, limited, summarise
     from .files import resolve, write_atomically
     from .loading import quiet_libraries
     from .own_reward import reward_for
@@ -194,6 +194,9 @@ def evaluate_command(arguments: Sequence[str]) -> int:
                  "eval_samples": options.samples, "seed": options.seed, "out": options.out}
     config, out, started = policy_config(options, overrides), Path(options.out), time.perf_counter()
     records = limited(read_any(resolve(options.data), options.data_root), options.limit)
+    changes = {"own": (None, None)} | controls(records, options.seed)
+    check_name("video control", options.video, list(changes))
+    shown, change = changes[options.video]
     scoring = reward_for("", options.reward, options.reward_errors, records)
     if config.reward and scoring is None:
         print(f"note: trained with the reward {config.reward}; to measure it too, name it: --reward", file=sys.stderr)
@@ -203,7 +206,8 @@ def evaluate_command(arguments: Sequence[str]) -> int:
     quiet_libraries()
     policy = load_policy(config, options.adapter)
     print_notes(records, config, policy.tokenizer)
-    rows = evaluate(policy, records, config, out=out / "predictions.jsonl", progress=True, scoring=scoring)
+    rows = evaluate(policy, records, config, out=out / "predictions.jsonl", progress=True, scoring=scoring, shown=shown,
+                    change=change)
     summary = summarise(rows) | {"seconds": round(time.perf_counter() - started, 1), "seed": options.seed,
                                  "versions": versions()}
     write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -227,6 +231,8 @@ def _evaluate_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--reward", metavar="FILE.py:FUNCTION", help="A reward of your own, measured beside the "
                         "accuracy; this runs your file.")
     parser.add_argument("--reward-errors", default="stop", choices=("stop", "skip"), help="Where your reward fails.")
+    parser.add_argument("--video", default="own", metavar="CONTROL", help="What is shown: own, \"another clip\", "
+                        "\"one frame\", \"shuffled frames\" or blind; --compare then tells what the video adds.")
     options = parser.parse_args(arguments)
     if not options.compare and (options.data is None or options.out is None):
         raise ConfigError("give both --data and --out, or --compare with two folders")

@@ -14,6 +14,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,8 @@ def limited(records: Sequence[Record], limit: int) -> list[Record]:
 
 def evaluate(policy: Policy, records: Sequence[Record], config: TrainConfig, *, temperature: float | None = None,
              samples: int | None = None, out: str | Path | None = None, label: str = "evaluate",
-             progress: bool = False, scoring: Callable | None = None) -> list[dict]:
+             progress: bool = False, scoring: Callable | None = None, shown: Sequence[Record] | None = None,
+             change: Callable | None = None) -> list[dict]:
     r"""Answer every record and score the answers; return one row a completion, in the order they were made.
 
     config: its `eval_batch` questions are answered together, each prefilled once; temperature and samples stand for
@@ -58,7 +60,8 @@ def evaluate(policy: Policy, records: Sequence[Record], config: TrainConfig, *, 
     resumed, and a batch that was cut short is made again, so that the result does not depend on where it stopped. A
     row holds `index` and `record_id`, `clip`, `question_type`, `sample`, `completion` and the parts of its score; one
     with `error` stands for a record whose clip cannot be read. scoring: a reward of your own (own_reward.py), which
-    adds `task_reward` and `reward_error`; None is `rewards.score`.
+    adds `task_reward` and `reward_error`; None is `rewards.score`. shown and change: one of `controls`: the records
+    whose clips are shown instead, and what is done to their frames.
     Raises `ClipError` if no clip can be read, `ConfigError` if `out` holds answers to other records, `UserError` if
     the memory or the disk is full; the rows in `out` stay.
     """
@@ -77,7 +80,7 @@ def evaluate(policy: Policy, records: Sequence[Record], config: TrainConfig, *, 
                 continue
             with within_memory(f"answering {len(indices)} questions together", "give a smaller eval_batch"):
                 made = _answer(policy, records, indices, config, temperature, f"{config.seed}/{number}", samples,
-                               scoring or score)
+                               scoring or score, shown or records, change)
             rows += made
             if path is not None:
                 append_lines(path, made)
@@ -85,6 +88,20 @@ def evaluate(policy: Policy, records: Sequence[Record], config: TrainConfig, *, 
     if records and all("error" in row for row in rows):
         raise ClipError(f"no clip of the {len(records)} records can be read. The first error: {rows[0]['error']}")
     return rows
+
+
+def controls(records: Sequence[Record], seed: int) -> dict[str, tuple[list[Record], Callable | None]]:
+    r"""Return, by name, what takes the place of the video: the records whose clips are shown, and what is done to their
+    frames (T, 3, H, W). A success that stays with "blind" needs no video, one that stays with "one frame" no motion."""
+    clips = list(dict.fromkeys(record.clip for record in records if record.clip is not None))
+    following = dict(zip(clips, clips[1:] + clips[:1]))
+    order = lambda frames: torch.randperm(len(frames), generator=torch.Generator().manual_seed(seed))
+    changes = {"one frame": (list(records), lambda frames: frames[len(frames) // 2:][:1].expand_as(frames)),
+               "shuffled frames": (list(records), lambda frames: frames[order(frames)]),
+               "blind": (list(records), lambda frames: torch.full_like(frames, 0.5))}
+    if len(clips) < 2:
+        return changes
+    return {"another clip": ([replace(record, clip=following.get(record.clip)) for record in records], None)} | changes
 
 
 def _batches(policy: Policy, records: Sequence[Record], config: TrainConfig) -> list[list[int]]:
@@ -99,11 +116,12 @@ def _batches(policy: Policy, records: Sequence[Record], config: TrainConfig) -> 
 
 
 def _answer(policy: Policy, records: Sequence[Record], indices: list[int], config: TrainConfig, temperature: float,
-            seed: str, samples: int, scoring: Callable) -> list[dict]:
+            seed: str, samples: int, scoring: Callable, shown: Sequence[Record],
+            change: Callable | None) -> list[dict]:
     prompts, rows = {}, []
     for index in indices:
         try:
-            features = encode_record(policy, records[index], config)
+            features = encode_record(policy, shown[index], config, change)
             prompts[index] = policy.prompt(prompt_text(records[index], instruction=config.instruction), features)
         except ClipError as error:
             rows += [_about(index, records[index], sample) | {"error": str(error)} for sample in range(samples)]

@@ -21,7 +21,7 @@ from ..advantages import vanish_probability
 from ..config import CONFIGS, TrainConfig, to_yaml
 from ..data import Record
 from ..errors import ClipError, ConfigError
-from ..evaluation import limited, mean_interval, share_interval
+from ..evaluation import controls, limited, mean_interval, share_interval
 from ..files import write_atomically
 from ..own_reward import OwnReward, OwnScore
 from ..policy import encode_record
@@ -97,18 +97,6 @@ def expected_vanishing(successes: Sequence[int], count: int, group_size: int) ->
         return None
     ways = math.comb(count, group_size)
     return fmean((math.comb(k, group_size) + math.comb(count - k, group_size)) / ways for k in successes)
-
-
-def controls(records: Sequence[Record], seed: int) -> dict[str, tuple[list[Record], Callable | None]]:
-    r"""Return, by name, the records as they are shown and what is done to their frames (T, 3, H, W)."""
-    clips = list(dict.fromkeys(record.clip for record in records))
-    following = dict(zip(clips, clips[1:] + clips[:1]))
-    order = lambda frames: torch.randperm(len(frames), generator=torch.Generator().manual_seed(seed))
-    changes = {"one frame": (list(records), lambda frames: frames[len(frames) // 2:][:1].expand_as(frames)),
-               "shuffled frames": (list(records), lambda frames: frames[order(frames)])}
-    if len(clips) < 2:
-        return changes
-    return {"another clip": ([replace(record, clip=following[record.clip]) for record in records], None)} | changes
 
 
 def ask(trainer: Trainer, name: str, records: Sequence[Record], size: int, shown: Sequence[Record] | None = None,

@@ -256,6 +256,7 @@ def test_mistakes_in_the_options_of_evaluate_are_explained(run, world, tmp_path,
     fails(capsys, ["evaluate", "--out", tmp_path / "e"], "--data")
     fails(capsys, [*base, "--out", tmp_path / "e", "--samples", 0], "samples is 0")
     fails(capsys, [*base, "--out", run], "holds no evaluation")
+    fails(capsys, [*base, "--out", tmp_path / "e", "--video", "blin"], "unknown video control 'blin': did you mean blind?")
     fails(capsys, [*base, "--out", tmp_path / "e", "--adapter", tmp_path], "adapter_config.json")
 
 

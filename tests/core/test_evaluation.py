@@ -5,12 +5,14 @@ import math
 import statistics
 
 import pytest
+import torch
 
 from dvr1_lite.config import TrainConfig
-from dvr1_lite.data import read_records
+from dvr1_lite.data import Record, read_records
 from dvr1_lite.errors import ClipError, ConfigError, RecordError
 from dvr1_lite.evaluation import (
     cluster_standard_error,
+    controls,
     evaluate,
     grounding,
     limited,
@@ -196,6 +198,28 @@ def test_a_broken_clip_is_counted_and_none_at_all_is_an_error(tmp_path):
     (world / "2.mp4").write_text("no video")
     with pytest.raises(ClipError, match="no clip of the 6 records"):
         answers(Policy.load(world / "model"), records)
+
+
+def test_the_controls_show_another_clip_one_frame_and_another_order():
+    records = [Record(str(k), "q", (), "a", "exact", "exact", clip) for k, clip in enumerate(["a", "a", "b", "c"])]
+    found, frames = controls(records, seed=0), torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 2, 2)
+    assert [record.clip for record in found["another clip"][0]] == ["b", "b", "c", "a"]
+    assert found["another clip"][1] is None and [r.clip for r in found["one frame"][0]] == ["a", "a", "b", "c"]
+    assert found["one frame"][1](frames)[:, 0, 0, 0].tolist() == [3.0] * 6
+    shuffled = found["shuffled frames"][1](frames)[:, 0, 0, 0].tolist()
+    assert sorted(shuffled) == [0, 1, 2, 3, 4, 5] != shuffled
+    assert found["blind"][1](frames).unique().tolist() == [0.5]
+    assert list(controls(records[:2], 0)) == ["one frame", "shuffled frames", "blind"], "of one clip there is no other"
+
+
+def test_a_control_shows_other_frames_and_asks_the_same_questions(policy, records, monkeypatch):
+    seen, encode = [], policy.encode
+    monkeypatch.setattr(policy, "encode", lambda clip, image: seen.append(clip.frames) or encode(clip, image))
+    own = answers(policy, records)
+    shown, change = controls(records, 0)["blind"]
+    rows = answers(policy, records, shown=shown, change=change)
+    assert all((frames == 0.5).all() for frames in seen[-len(records):])
+    assert [(row["record_id"], row["clip"]) for row in rows] == [(row["record_id"], row["clip"]) for row in own]
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from dvr1_lite.errors import ClipError, ConfigError
 from dvr1_lite.own_reward import OwnScore
 from dvr1_lite.rewards import Score
 from dvr1_lite.scale import pilot as module
-from dvr1_lite.scale.pilot import (RULES, compare, controls, describe, duration, expected_vanishing, judge, pilot,
+from dvr1_lite.scale.pilot import (RULES, compare, describe, duration, expected_vanishing, judge, pilot,
                                    recommendation, recommended, report, succeeded)
 from dvr1_lite.training import Group
 from tests.small_run import small_config, write_world
@@ -77,17 +77,6 @@ def test_the_own_clip_is_compared_prompt_by_prompt():
     assert found["ci95"] == [pytest.approx(0.3 - reach, abs=1e-4), pytest.approx(0.3 + reach, abs=1e-4)]
 
 
-def test_the_controls_show_another_clip_one_frame_and_another_order():
-    records = [Record(str(k), "q", (), "a", "exact", "exact", clip) for k, clip in enumerate(["a", "a", "b", "c"])]
-    found, frames = controls(records, seed=0), torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 2, 2)
-    assert [record.clip for record in found["another clip"][0]] == ["b", "b", "c", "a"]
-    assert found["another clip"][1] is None and [r.clip for r in found["one frame"][0]] == ["a", "a", "b", "c"]
-    assert found["one frame"][1](frames)[:, 0, 0, 0].tolist() == [3.0] * 6
-    shuffled = found["shuffled frames"][1](frames)[:, 0, 0, 0].tolist()
-    assert sorted(shuffled) == [0, 1, 2, 3, 4, 5] != shuffled
-    assert list(controls(records[:2], 0)) == ["one frame", "shuffled frames"], "of one clip there is no other"
-
-
 # --- the verdict -----------------------------------------------------------------------------------------------------
 
 
@@ -124,11 +113,11 @@ def test_a_pilot_measures_everything_and_its_report_says_so(world, tmp_path, mon
     records.append(replace(records[0], record_id="lost", clip=world / "none.mp4"))
     found = pilot(config, records, prompts=50, completions=4, questions=30)
     assert (found["prompts"], found["completions"], len(found["broken"])) == (6, 4, 1)
-    assert list(found["video"]) == ["another clip", "one frame", "shuffled frames"]
+    assert list(found["video"]) == ["another clip", "one frame", "shuffled frames", "blind"]
     own = [name for name, _ in seen[:7] if name != "none.mp4"]
     following = {"0.mp4": "1.mp4", "1.mp4": "2.mp4", "2.mp4": "0.mp4"}
     assert seen[7:13] == [(following[name], False) for name in own], "another clip"
-    assert seen[13:] == [(name, True) for name in own + own], "one frame, and another order"
+    assert seen[13:] == [(name, True) for name in own * 3], "one frame, another order, and grey"
     assert set(found["seconds"]) >= {"clips", "completions", *found["video"]}
     total = found["step"]["seconds"]["total"]
     assert found["hours"]["steps"] == pytest.approx(3 * total / 3600) and total > 0
