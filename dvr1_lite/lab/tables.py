@@ -21,7 +21,7 @@ TUNE_ON = {"eval_files": ["tune=data/toyvideoqa/tune.jsonl"], "eval_limit": 0}
 TUNE_SEED = 1000  # first seed of the tuning runs; no reported run has it
 FAIR_ABSOLUTE = 0.7  # the base model's mean reward; at 0.5, the reward of a well-formed incorrect answer, none is hard
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
-KL_WEIGHTS = (0.01, 0.1, 1.0)  # the gradients beside the KL term differ 400-fold between methods
+KL_WEIGHTS = (0.001, 0.01, 0.1, 1.0)  # the gradients beside the KL term differ 400-fold between methods
 AMOUNTS = ((0.3, 0.4), (0.6, 1.5), (1.0, 3.0))  # longest hint and noise scale of the augmented rows' grid
 COMMON = {"steps": STEPS, "rollout_budget": ROLLOUTS, "prompts_per_step": PROMPTS, "group_size": GROUP,
           "learning_rate": 3e-4,  # for a method that is not in tuning.json
