@@ -7,7 +7,6 @@ except `make`.
 import json
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from dvr1_lite.files import data_folder, make_folder
 from dvr1_lite.lab import report
 from dvr1_lite.lab.headline import cell_table
 from dvr1_lite.lab.runner import reproduce
-from dvr1_lite.lab.stats import verdict
 from dvr1_lite.lab.tables import BEYOND, EXPERIMENTS, PAPER, PHASE, TUNING, Experiment
 
 PROTOCOL = (*TUNING, *PHASE, *PAPER, *BEYOND)  # all that is declared, student projects left out
@@ -63,17 +61,8 @@ def inventory(tables: Mapping[str, Mapping]) -> list[str]:
 
 
 def phase_claims(tables: Mapping[str, Mapping]) -> list[report.Claim]:
-    """Return the claims "this variant is better than plain" of the recorded cells, judged by the phase diagram's
-    primary figure, success at temperature 1; by clip it has no interval, because its answers are not recorded."""
-    claims = []
-    for one in (one for one in PHASE if one.name in tables):
-        for claim in report.claims_of(one, tables[one.name]):
-            if claim.sampled:
-                cell, bounds = claim.sampled, claim.sampled["ci_corrected"]
-                claim = replace(claim, effect=cell["mean"], interval=bounds, by_clip=None, sampled=None,
-                                detectable=cell["detectable"], seeds=cell["n"], verdict=verdict(bounds))
-            claims.append(claim)
-    return claims
+    """Return the claims "this variant is better than plain" of the recorded cells, about success at temperature 1."""
+    return [claim for one in PHASE if one.name in tables for claim in report.claims_of(one, tables[one.name])]
 
 
 def phase_lines(results: Path, tables: Mapping[str, Mapping]) -> list[str]:
@@ -97,8 +86,9 @@ def verdict_lines(claims: Iterable[report.Claim]) -> list[str]:
     lines = []
     for claim in claims:
         condition = claim.condition.removeprefix("tiny model, chain types with deficit ").replace("plain success ", "")
-        evidence = "n = 1, illustrative" if not claim.interval else (
-            "[{:.0f}, {:.0f}], n = {}, detectable {:.0f}".format(*claim.interval, claim.seeds, claim.detectable))
+        evidence = f"n = {claim.seeds}, illustrative" if not claim.interval else (
+            "[{:.0f}, {:.0f}], n = {}".format(*claim.interval, claim.seeds)
+            + (f", detectable {claim.detectable:.0f}" if claim.detectable else ""))
         lines.append(f"{claim.paper} ({condition}), {claim.text}: {round(claim.effect):+d} {evidence}: {claim.verdict}")
     return lines
 

@@ -52,28 +52,32 @@ def cell_table(results: Path) -> pd.DataFrame:
 
 
 def cell_figure(results: Path) -> Figure:
-    r"""Draw measured success (bars: means, dots: seeds) beside the predicted one (open diamonds) in each cell."""
+    r"""Draw the success of every run (dots) beside the predicted one (open diamonds) in each cell, and how many of the
+    runs learned it. No means: a run learns a cell or it does not, and a mean lies where no run is."""
     table, runs = cell_table(results), read_cells(results)
     cells = list(dict.fromkeys(table["cell"]))
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, len(cells), figsize=(2.1 * len(cells) + 1.4, 2.9), sharey=True, squeeze=False)
+        figure, panels = plt.subplots(1, len(cells), figsize=(2.2 * len(cells) + 1.4, 3.0), sharey=True, squeeze=False)
         for axes, cell in zip(panels[0], cells):
             for place, variant in enumerate(VARIANTS):
                 line = table[(table["cell"] == cell) & (table["variant"] == variant)]
                 if line.empty:
                     continue
                 dots = runs[(runs["cell"] == cell) & (runs["variant"] == variant)]["sampled"]
-                axes.barh(place, line["mean"], color=VARIANT_COLOURS[variant], height=0.7)
-                axes.plot(dots, [place] * len(dots), ".", color="#222222", markersize=4)
-                axes.plot(line["predicted"], place, "D", markerfacecolor="white", color="#222222", markersize=5)
+                axes.axhline(place, color="#DDDDDD", linewidth=0.8, zorder=0)
+                axes.plot(line["predicted"], place, "D", markerfacecolor="white", color="#222222", markersize=8)
+                axes.plot(dots, [place] * len(dots), "o", color=VARIANT_COLOURS[variant], markersize=5.5,
+                          markeredgecolor="white", markeredgewidth=0.5)
+                axes.text(1.12, place, line["learned"].item().replace(" of ", "/"), va="center", fontsize=8.5)
             deficit = "along the chain" if cell[0] == "F" else "in the opening"
-            axes.set(title=f"{cell}: {CELL_SUCCESS[cell]},\ndeficit {deficit}", xlim=(-0.04, 1.04))
+            axes.set(title=f"{cell}: {CELL_SUCCESS[cell]},\ndeficit {deficit}", xlim=(-0.06, 1.42))
+            axes.set_xticks([0, 0.5, 1])
             axes.grid(axis="y", visible=False)
         panels[0, 0].set_yticks(range(len(VARIANTS)), VARIANTS)
         panels[0, 0].set_ylim(len(VARIANTS) - 0.5, -0.5)
         figure.suptitle("When hints help: success after training, by variant of the augmentation", fontsize=10)
-        figure.supxlabel("success without a hint, temperature 1 (bar: mean, dots: seeds, diamond: predicted)",
-                         fontsize=8.5)
+        figure.supxlabel("success without a hint, temperature 1 (dots: runs; diamond: predicted; at the right: runs that "
+                         "learned, above 0.5)", fontsize=8.5)
     return figure
 
 

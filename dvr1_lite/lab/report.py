@@ -107,6 +107,9 @@ def _accuracies(runs: Mapping[int, Mapping], groups: Mapping) -> dict:
         if all("mean_iou" in cell for cell in cells):
             splits[split]["mean_iou"] = seed_summary([cell["mean_iou"] for cell in cells])
     mean = seed_summary(list(np.mean([splits[split]["values"] for split in groups], axis=0)))
+    if sampled:
+        sampled["mean"] = seed_summary([100 * float(np.mean([run["sampled"][split]["accuracy"] for split in groups]))
+                                        for run in many])
     return {"seeds": sorted(runs), "splits": splits, "by_type": by_type, "sampled": sampled,
             "mean": mean | {"ci_clips": clip_interval(list(questions.values()))}}
 
@@ -179,8 +182,9 @@ def published_rows(experiment: Experiment) -> dict[str | None, dict[str, float]]
 class Claim:
     r"""A claim of the paper and its verdict here. Numbers are points (of accuracy, of the largest reward, of groups),
     above 0 in favour of the claim. command: what tests an untested claim. published: mean of the splits, only its sign
-    is compared. repeats: the table that compares the same two rows. sampled: the second primary figure, accuracy at
-    temperature 1, with its corrected interval over seeds."""
+    is compared. repeats: the table that compares the same two rows. sampled: the second figure, accuracy at
+    temperature 1, with its corrected interval over seeds; None where it is the first. Its single answers are not
+    recorded, so it has no interval by clip."""
 
     paper: str
     text: str
@@ -217,7 +221,9 @@ def claims_of(experiment: Experiment, found: Mapping | None) -> list[Claim]:
             claims.append(Claim(name, text, NOT_TESTED, f"python -m dvr1_lite reproduce {experiment.name}",
                                 repeats=_first_table(experiment, pair)))
             continue
-        cell, scale = (known[pair]["training"][key], 100 * sign) if key else (known[pair]["mean"], 1)
+        sampled, first = known[pair].get("sampled"), experiment.primary == "sampled"
+        cell = known[pair]["training"][key] if key else sampled if first else known[pair]["mean"]
+        scale = 100 * sign if key else 1
         interval, by_clip = (ends and sorted(scale * end for end in ends)
                              for ends in (cell["ci_corrected"], cell.get("ci_clips")))
         published = () if key else known[pair].get("published", {}).values()
@@ -225,7 +231,7 @@ def claims_of(experiment: Experiment, found: Mapping | None) -> list[Claim]:
             name, text, verdict(interval, by_clip), effect=scale * cell["mean"], interval=interval, by_clip=by_clip,
             detectable=cell["detectable"] and abs(scale) * cell["detectable"], seeds=cell["n"],
             published=sum(published) / len(published) if published else None, condition=experiment.condition,
-            repeats=_first_table(experiment, pair), sampled=None if key else known[pair].get("sampled")))
+            repeats=_first_table(experiment, pair), sampled=None if key or first else sampled))
     return claims
 
 
@@ -245,13 +251,14 @@ def sentence(claim: Claim) -> str:
     r"""State a claim's verdict with its condition and evidence in one sentence."""
     if claim.effect is None:
         return f"{claim.text}: {claim.verdict}" + (f"; run {claim.command}" if claim.command else "")
-    seeds = f" {_interval(claim.interval)} over {claim.seeds} seeds" if claim.interval else ", n = 1, illustrative"
+    seeds = (f" {_interval(claim.interval)} over {claim.seeds} seeds" if claim.interval else
+             f", n = {claim.seeds}, illustrative")
     parts = [f"{claim.text}: {claim.verdict} ({claim.condition}), {claim.effect:+.1f} points{seeds}"]
     if claim.by_clip:
         parts.append(f"{_interval(claim.by_clip)} by clip")
     if claim.sampled:
-        parts.append(f"at temperature 1 {claim.sampled['mean']:+.1f} {_interval(claim.sampled['ci_corrected'])}: "
-                     f"{verdict(claim.sampled['ci_corrected'])}")
+        bounds = claim.sampled["ci_corrected"]
+        parts.append(f"at temperature 1 {claim.sampled['mean']:+.1f} {_interval(bounds)}: {verdict(bounds)}")
     if claim.detectable is not None:
         parts.append(f"smallest detectable difference {claim.detectable:.1f}")
     if claim.repeats:
@@ -275,16 +282,19 @@ def as_table(found: Mapping) -> str:
         interval, published = "ci_clips" if name == "base" else "ci", list((row["published"] or {}).values())
         cells = {split: f"{cell['mean']:.1f} {_interval(cell[interval])}".removesuffix(" -")
                  for split, cell in (row["splits"] | {"mean": row["mean"]}).items()}
+        sampled = row["sampled"].get("mean")
         lines.append({"row": name} | cells | {
+            "mean at temperature 1": f"{sampled['mean']:.1f} {_interval(sampled['ci'])}" if sampled else "-",
             "seeds": "-" if name == "base" else len(row["seeds"]),
             "rollouts": f"{row['rollouts']['mean']:.0f}" if "rollouts" in row else "-",
             "published mean": f"{np.mean(published):.1f}" if published else "-"})
-    text = (f"## {found['table']}: {found['question']}\n\nEqual {found['equal']}; accuracy in per cent [95 % interval "
-            f"over seeds; for the base by clip]. Published: another model on other data, only signs are compared.\n\n"
+    text = (f"## {found['table']}: {found['question']}\n\nEqual {found['equal']}; greedy accuracy in per cent [95 % interval "
+            f"over seeds, of three or more; for the base by clip]. Published: another model on other data, only signs are compared.\n\n"
             + markdown(pd.DataFrame(lines)))
     tested = [claim for claim in claims_of(EXPERIMENTS[found["table"]], found) if claim.effect is not None]
     if tested:
-        text += (f"\nClaims, in points, above 0 in favour of the claim ({found['correction']}):\n\n"
+        first = EXPERIMENTS[found["table"]].primary.replace("sampled", "at temperature 1")
+        text += (f"\nClaims, in points of accuracy ({first}), above 0 in favour of the claim ({found['correction']}):\n\n"
                  + markdown(claims_frame(tested).drop(columns="paper")))
     return text
 
@@ -381,7 +391,7 @@ def differences_figure(found: Mapping) -> Figure:
 
 def claims_figure(claims: Sequence[Claim], heading: str = "") -> Figure:
     r"""Draw the difference of every tested claim, each comparison once, with its verdict: thick, the corrected interval
-    over seeds; thin, by clip. Right of 0: the sign that the paper reports."""
+    over seeds; thin, by clip. Right of 0: in favour of the claim."""
     drawn = [c for c in claims if c.effect is not None and not (c.repeats and c.repeats in {d.paper for d in claims})]
     ends = [abs(end) for c in drawn for end in (*(c.interval or ()), c.effect)]
     limit = 36 if all(abs(c.effect) <= 36 for c in drawn) else 100  # intervals of few seeds may be wider
@@ -403,7 +413,8 @@ def claims_figure(claims: Sequence[Claim], heading: str = "") -> Figure:
         axes.set(xlim=(-reach, reach), xlabel="against the claim    <    difference in points    >    for the claim")
         _name_rows(axes, [f"{c.paper}: {c.text}" if several else c.text for c in drawn])
         axes.grid(axis="y", visible=False)
-        figure.suptitle(f"{heading}\nthick: 95 % over seeds, corrected; thin: by clip", fontsize=10)
+        thin = "; thin: by clip" if any(claim.by_clip for claim in drawn) else ""
+        figure.suptitle(f"{heading}\nthick: 95 % over seeds, corrected{thin}", fontsize=10)
         figure.supxlabel("\n".join(f"{', '.join(names)}: {condition}" for condition, names in papers.items()),
                          fontsize=8.5)
     return figure

@@ -14,13 +14,14 @@ from scipy.stats import t as student
 from ..evaluation import cluster_standard_error
 from .tables import unpack
 
+FEWEST = 3  # seeds with an interval: the spread of two runs says nothing where a skill is learned or not
 SAME, OPPOSITE, UNDECIDED, NOT_TESTED = "same sign here", "opposite sign here", "undecided here", "not tested"
 
 
 def seed_summary(values: Sequence[float]) -> dict:
-    r"""Return `mean`, `sd` (Bessel), `ci` = mean +- t(n - 1) sd / sqrt(n) and `n`; `sd` and `ci` None for one seed."""
+    r"""Return `mean`, `sd` (Bessel), `ci` = mean +- t(n - 1) sd / sqrt(n) and `n`; `sd` and `ci` None below 3 seeds."""
     mean, n = math.fsum(values) / len(values), len(values)
-    if n < 2:
+    if n < FEWEST:
         return {"mean": mean, "sd": None, "ci": None, "n": n}
     sd = float(np.std(values, ddof=1))
     reach = float(student.ppf(0.975, n - 1)) * sd / math.sqrt(n)
@@ -32,7 +33,7 @@ def paired_summary(differences: Sequence[float], family: int) -> dict:
 
     ci_corrected: the interval at level 1 - 0.05 / family (Bonferroni over a family of claims). detectable: the
     difference that a two-sided test at that level finds in 80 % of repetitions, with the standard deviation seen:
-    (t(1 - 0.025 / family) + t(0.8)) sd / sqrt(n). Both None for one seed.
+    (t(1 - 0.025 / family) + t(0.8)) sd / sqrt(n), None if sd is 0. Both None for fewer than three seeds.
     """
     found = seed_summary(differences)
     if found["sd"] is None:
@@ -40,7 +41,7 @@ def paired_summary(differences: Sequence[float], family: int) -> dict:
     n, error = found["n"], found["sd"] / math.sqrt(found["n"])
     critical, power = (float(student.ppf(p, n - 1)) for p in (1 - 0.025 / family, 0.8))
     return found | {"ci_corrected": [found["mean"] - critical * error, found["mean"] + critical * error],
-                    "detectable": (critical + power) * error}
+                    "detectable": (critical + power) * error if error else None}
 
 
 def mean_answers(runs: Sequence[Mapping], split: str) -> np.ndarray:
@@ -72,7 +73,7 @@ def verdict(corrected: Sequence[float] | None, by_clip: Sequence[float] | None =
     r"""Judge a claim "row is better than rival" from the intervals of the difference.
 
     SAME if the corrected interval over seeds and, where there is one, the interval by clip lie above 0; OPPOSITE if
-    they lie below; else, and for a single seed, UNDECIDED.
+    they lie below; else, and for fewer than three seeds, UNDECIDED.
     """
     if corrected is None:
         return UNDECIDED

@@ -46,7 +46,8 @@ class Experiment:
     claims: pairs (row, rival), each the claim "row is better than rival"; together one family for Bonferroni's
     correction. equal: what all rows have the same number of, "rollouts" or "updates". published: a table of
     `paper_results.json`. outcomes: for claims that are not about accuracy, the metric at the end of training, and 1 if
-    more is better, -1 if less is. condition: where the verdicts hold.
+    more is better, -1 if less is. primary: the accuracy that verdicts are about, "greedy" or "sampled" (temperature 1).
+    condition: where the verdicts hold.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Experiment:
     published: str | None = None
     outcomes: Mapping[tuple[str, str], tuple[str, int]] = field(default_factory=dict)
     common: Mapping[str, Any] = field(default_factory=dict)
+    primary: str = "greedy"
     condition: str = "tiny model, ToyVideoQA 2"
 
 
@@ -153,7 +155,7 @@ def _phase(cell: str) -> Experiment:
         common={"train_file": f"data/toyvideoqa/train_{cell}.jsonl", "beta": 0.1, "learning_rate": 3e-4,
                 "eval_files": [f"cell=data/toyvideoqa/test_{cell}.jsonl"], "difficulty_reference": "absolute",
                 "absolute_reward": 1.0, "hint_max": 0.6, "noise_scale": 0.4},
-        condition=f"tiny model, chain types with {where}, plain success {CELL_SUCCESS[cell]}")
+        primary="sampled", condition=f"tiny model, chain types with {where}, plain success {CELL_SUCCESS[cell]}")
 
 
 PHASE = tuple(map(_phase, CELL_SUCCESS))

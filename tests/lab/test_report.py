@@ -26,8 +26,10 @@ def test_intervals_over_seeds_by_hand():
     assert found["ci"] == pytest.approx([2 - 2.4841, 2 + 2.4841], abs=1e-3)
     assert found["ci_corrected"] == pytest.approx([2 - 3.5826, 2 + 3.5826], abs=1e-3)
     assert found["detectable"] == pytest.approx((6.2053 + 1.0607) * 0.57735, abs=1e-3)
-    one = stats.paired_summary([4.0], 4)
-    assert one["mean"] == 4 and one["ci"] is one["ci_corrected"] is one["detectable"] is None
+    for few in ([4.0], [3.0, 5.0]):  # two runs that learn or do not learn would often have a narrow interval by chance
+        found = stats.paired_summary(few, 4)
+        assert found["mean"] == 4 and found["ci"] is found["ci_corrected"] is found["detectable"] is None
+    assert stats.paired_summary([0.0, 0.0, 0.0], 4)["detectable"] is None, "equal failures detect nothing"
 
 
 def test_interval_by_clip_by_hand():
@@ -123,6 +125,16 @@ def test_aggregate_by_hand(found):
     assert difference["mean"]["ci"][0] == pytest.approx(33.3333 - 4.302653 * 9.6225, abs=1e-2)
     assert difference["mean"]["ci_corrected"][0] == pytest.approx(33.3333 - 8.8602 * 9.6225, abs=1e-2)  # of four claims
     assert difference["published"]["L1"] == pytest.approx(4.6)
+
+
+def test_claims_of_the_phase_diagram_are_judged_at_temperature_1():
+    rows = {row: {seed: made_up("grpo", "111111" if row == "mixed" else "000000")
+                  | {"sampled": {"L1": {"accuracy": (0.2 if row == "mixed" else 0.3) + seed / 100}}}
+                  for seed in range(3)} for row in ("plain", "mixed")}
+    found = report.aggregate(EXPERIMENTS["phase_F2"], rows, made_up("base", "000000") | {"questions": QUESTIONS})
+    claim = report.claims_of(EXPERIMENTS["phase_F2"], found)[-1]
+    assert (claim.text, claim.effect, claim.by_clip) == ("mixed over plain", pytest.approx(-10), None)
+    assert claim.verdict == "opposite sign here" and "| 21.0 [18.5, 23.5] |" in report.as_table(found)
 
 
 def test_tables_figures_and_sentences_show_the_numbers(found):
