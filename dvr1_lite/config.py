@@ -189,8 +189,8 @@ class AugmentationConfig:
     hint_probe: bool = setting(False, "Find a hint's share by trying several, on hint_traces completions each.",
                                "true or false", "from dR")
     hint_update: str = setting("hinted", "What a hinted group is trained on. hinted: the hinted prompt. unhinted: its "
-                               "completions with the original prompt. mixed: the original group with up to half of its "
-                               "incorrect completions replaced by correct hinted ones. only-vanished: the hinted "
+                               "completions with the original prompt. mixed: the original group, correct hinted "
+                               "completions in place of incorrect ones, at most half of it. only-vanished: the hinted "
                                "prompt, only where the original group vanished. kept: both groups.", "name",
                                "hinted, in our reading of figure 2",
                                ("hinted", "unhinted", "mixed", "only-vanished", "kept"))

@@ -117,7 +117,10 @@ def format_reward(record: "Record", completion: Completion) -> float:
 
 
 def accuracy_reward(record: "Record", completion: Completion, judge: str = "strict") -> float:
-    r"""Return Eq. 20 by the record's `problem_type` (see judges.py), in [0, 1]; 0.0 for an empty answer."""
+    r"""Return Eq. 20 by the record's `problem_type` (see judges.py), in [0, 1]; 0.0 for an empty answer.
+
+    Differs from the paper: Eq. 20 as printed ignores the form; here an answer counts in a well-formed text only.
+    """
     if record.problem_type not in ACCURACY:
         raise RecordError(f"problem_type {record.problem_type!r} has no reward: use one of {', '.join(ACCURACY)}")
     if not format_reward(record, completion) or not completion.answer:

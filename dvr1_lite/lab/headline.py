@@ -76,8 +76,8 @@ def cell_figure(results: Path) -> Figure:
         panels[0, 0].set_yticks(range(len(VARIANTS)), VARIANTS)
         panels[0, 0].set_ylim(len(VARIANTS) - 0.5, -0.5)
         figure.suptitle("When hints help: success after training, by variant of the augmentation", fontsize=10)
-        figure.supxlabel("success without a hint, temperature 1 (dots: runs; diamond: predicted; at the right: runs that "
-                         "learned, above 0.5)", fontsize=8.5)
+        figure.supxlabel("success without a hint, temperature 1 (dots: runs; diamond: predicted; right: runs above "
+                         "0.5, which learned)", fontsize=8.5)
     return figure
 
 

@@ -288,14 +288,15 @@ def as_table(found: Mapping) -> str:
             "seeds": "-" if name == "base" else len(row["seeds"]),
             "rollouts": f"{row['rollouts']['mean']:.0f}" if "rollouts" in row else "-",
             "published mean": f"{np.mean(published):.1f}" if published else "-"})
-    text = (f"## {found['table']}: {found['question']}\n\nEqual {found['equal']}; greedy accuracy in per cent [95 % interval "
-            f"over seeds, of three or more; for the base by clip]. Published: another model on other data, only signs are compared.\n\n"
+    text = (f"## {found['table']}: {found['question']}\n\nEqual {found['equal']}; greedy accuracy in per cent [95 % "
+            "interval over seeds, of three or more; for the base by clip]. Published: another model, other data; only "
+            "signs are compared.\n\n"
             + markdown(pd.DataFrame(lines)))
     tested = [claim for claim in claims_of(EXPERIMENTS[found["table"]], found) if claim.effect is not None]
     if tested:
         first = EXPERIMENTS[found["table"]].primary.replace("sampled", "at temperature 1")
-        text += (f"\nClaims, in points of accuracy ({first}), above 0 in favour of the claim ({found['correction']}):\n\n"
-                 + markdown(claims_frame(tested).drop(columns="paper")))
+        text += (f"\nClaims, in points of accuracy ({first}), above 0 in favour of the claim "
+                 f"({found['correction']}):\n\n" + markdown(claims_frame(tested).drop(columns="paper")))
     return text
 
 
@@ -329,7 +330,8 @@ def report(names: Sequence[str], out: str | Path) -> list[Path]:
 
     names: experiments; none for all that have an aggregate in the results folder `out`, and the paper's claims
     (`claims.md`, `claims.png`) and the headline figures. Nothing is trained: the runs are those that aggregate.json
-    names. Curves are drawn for experiments with claims about them. Raises `ConfigError` if an experiment has no recorded runs.
+    names. Curves are drawn for experiments with claims about them. Raises `ConfigError` if an experiment has no
+    recorded runs.
     """
     results, figures = Path(out), {}
     chosen = list(names) or [name for name in EXPERIMENTS if (results / name / "aggregate.json").exists()]

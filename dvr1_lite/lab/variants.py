@@ -37,7 +37,7 @@ class Unhinted(Trainer):
 
 
 class Mixed(Trainer):
-    r"""Keep the own group and replace up to half of its incorrect completions by correct ones written with the hint."""
+    r"""Keep the own group; correct completions written with the hint replace incorrect ones, at most half of it."""
 
     variant = "mixed"
 
