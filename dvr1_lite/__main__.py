@@ -88,10 +88,16 @@ def _prepare(config, named_reward: str | None) -> tuple:
     from .scale.check import print_notes
     from .scale.datasets import read_any
     from .scale.memory import check_machine
+    from .words import plural
 
     check_machine(config)
     records = read_any(resolve(config.train_file), config.data_root)
     evaluations = {name: read_any(resolve(path), config.data_root) for name, path in config.eval_paths().items()}
+    for name, asked in evaluations.items():
+        shared = {record.clip for record in records if record.clip} & {record.clip for record in asked}
+        if shared:
+            print(f"note: {name} shares {plural(len(shared), 'clip')} with the training file, such as {min(shared)}: "
+                  f"split by clip, or the accuracy means little", file=sys.stderr)
     scoring = reward_for(config.reward, named_reward, config.reward_errors, records)
     quiet_libraries()
     threads = set_threads(config.threads, config)
@@ -176,7 +182,7 @@ def _or_none(kind: type) -> Callable[[str], object]:
 def evaluate_command(arguments: Sequence[str]) -> int:
     r"""Answer the questions of a file and report accuracy with intervals; resumes what an earlier call began."""
     from .distributed import set_threads
-    from .evaluation import claim_folder, compare_saved, controls, evaluate, limited, summarise
+    from .evaluation import ASKED_WITH, claim_folder, compare_saved, controls, evaluate, limited, summarise
     from .files import resolve, write_atomically
     from .loading import quiet_libraries
     from .own_reward import reward_for
@@ -187,7 +193,9 @@ def evaluate_command(arguments: Sequence[str]) -> int:
 
     options = _evaluate_options(arguments)
     if options.compare:
-        *summaries, change = compare_saved(*options.compare)
+        *summaries, change, differing = compare_saved(*options.compare)
+        if differing:
+            print(f"note: the two were asked with another {', '.join(differing)}", file=sys.stderr)
         print(f"{change_in_words(*summaries, change)}\n{clips_needed(change['ci95'], change['clips'])}")
         return 0
     overrides = {"eval_limit": options.limit, "eval_temperature": options.temperature, "eval_batch": options.batch,
@@ -200,8 +208,10 @@ def evaluate_command(arguments: Sequence[str]) -> int:
     scoring = reward_for("", options.reward, options.reward_errors, records)
     if config.reward and scoring is None:
         print(f"note: trained with the reward {config.reward}; to measure it too, name it: --reward", file=sys.stderr)
-    claim_folder(out, {**vars(options), "out": None, "model": config.model, "threads": None,
-                       "reward": scoring and scoring.digest})
+    claim_folder(out, {**vars(options), "out": None, "model": config.model, "threads": None, "batch": config.eval_batch,
+                       "reward": scoring and scoring.digest, **{name: getattr(config, name) for name in ASKED_WITH}})
+    print(f"asked with {config.num_frames} frames of {config.frame_size} pixels, at most {config.max_new_tokens} "
+          f"tokens{', and an instruction' if config.instruction else ''}", file=sys.stderr)
     print(set_threads(options.threads, config), file=sys.stderr)
     quiet_libraries()
     policy = load_policy(config, options.adapter)
@@ -226,7 +236,7 @@ def _evaluate_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=0, help="Questions to draw, the same in every run; 0: all.")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the most probable token.")
     parser.add_argument("--samples", type=int, default=1, help="Answers to each question.")
-    parser.add_argument("--batch", type=int, default=256, help="Questions answered together.")
+    parser.add_argument("--batch", type=int, help="Questions answered together; none: the config's eval_batch.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of sampling.")
     parser.add_argument("--reward", metavar="FILE.py:FUNCTION", help="A reward of your own, measured beside the "
                         "accuracy; this runs your file.")

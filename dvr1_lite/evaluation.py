@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 RECALL_AT = (0.3, 0.5, 0.7)
 IOP_AT = (0.3, 0.5)
 GROUNDED = 0.5  # the least IoP with which NExT-GQA counts an answer as grounded
+ASKED_WITH = ("num_frames", "frame_size", "instruction", "max_new_tokens", "after_video", "judge")  # config fields
 WINDOW = 64  # batches whose questions are sorted by length together; the clips of more would not fit a small cache
 
 # --- predictions -----------------------------------------------------------------------------------------------------
@@ -269,8 +270,9 @@ def _per_question(rows: Iterable[dict], key: str) -> dict[int, tuple[float, str,
             for index, group in grouped.items()}
 
 
-def compare_saved(before: str | Path, after: str | Path) -> tuple[dict, dict, dict]:
-    r"""Return both summaries and the paired change of two evaluations saved by `evaluate`.
+def compare_saved(before: str | Path, after: str | Path) -> tuple[dict, dict, dict, list[str]]:
+    r"""Return both summaries, the paired change of two evaluations saved by `evaluate`, and in which of `ASKED_WITH`,
+    temperature and samples they differ.
 
     Raises `ConfigError` if a folder holds no finished evaluation, or the two asked different questions.
     """
@@ -285,7 +287,10 @@ def compare_saved(before: str | Path, after: str | Path) -> tuple[dict, dict, di
     if old != new:
         raise ConfigError(f"{before} and {after} hold answers to different questions ({len(old)} and {len(new)}): "
                           f"evaluate both with the same --data and --limit")
-    return *summaries, paired_change(*rows)
+    old, new = (json.loads((Path(folder) / "evaluation.json").read_text(encoding="utf-8"))
+                for folder in (before, after))
+    differing = [name for name in (*ASKED_WITH, "temperature", "samples") if old.get(name) != new.get(name)]
+    return *summaries, paired_change(*rows), differing
 
 
 def claim_folder(out: Path, settings: dict) -> None:

@@ -40,6 +40,8 @@ from .policy import Policy
 from .prefix_check import check_shared_prefix
 from .training import Trainer
 
+RUN_CONFIG = "dvr1_config.yaml"  # in a merged model: the config of the run that trained it
+
 VERSIONS = ("dvr1-lite", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "numpy", "decord", "av")
 
 
@@ -118,7 +120,8 @@ def load_policy(config: TrainConfig, adapter: str | Path | None = None) -> Polic
 
 
 def policy_config(options: Any, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
-    r"""Load the config that applies to `options.adapter`, or to the base model, changed by options and overrides.
+    r"""Load the config that applies to `options.adapter`, or to the model, changed by options and overrides: the run's
+    own for an adapter and for a model that `merge` wrote, else the defaults.
 
     options: has `config`, `adapter`, `model` and `device`, each None if not given. A reward that the config names is
     not loaded. Raises `ConfigError`.
@@ -128,8 +131,10 @@ def policy_config(options: Any, overrides: Mapping[str, Any] | None = None) -> T
         adapter = Path(options.adapter).resolve()
         above = [folder / "config.yaml" for folder in [adapter, *adapter.parents][:4]]
         file = next((path for path in above if path.is_file()), None)
+    elif file is None and options.model is not None and (resolve(options.model) / RUN_CONFIG).is_file():
+        file = resolve(options.model) / RUN_CONFIG
     given = {name: getattr(options, name) for name in ("model", "device") if getattr(options, name) is not None}
-    return load_config(file, given | dict(overrides or {}))
+    return load_config(file, given | {name: value for name, value in (overrides or {}).items() if value is not None})
 
 
 def check_folder(config: TrainConfig, out: Path, resume: bool, scoring: OwnReward | None = None) -> None:
@@ -166,6 +171,8 @@ class Run:
         self.spent: dict[str, float] = defaultdict(float)
         self.answers: dict[str, dict[str, list[dict]]] = defaultdict(dict)
         self.saved = restore_newest(self.out, self._restore)
+        if not self.saved and next(read_lines(self.out / "metrics.jsonl"), None) and self.main:
+            print(f"note: {self.out} has no checkpoint yet (save_every is {config.save_every}): it starts at step 0")
         self.tracker = _tracker(config, self.out) if self.main else None
 
     # --- steps -------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 r"""Figures and small simulations of notebook 02, which derives Reg-GRPO.
 
-Figures are returned; `plt.show()` stands in the notebook. `python notebooks/derivation.py` writes the moving picture of
-section 11 anew, figures/simplex.gif, with its still strip.
+Figures are returned, with their number ("Figure 02-B") in the title; `plt.show()` stands in the notebook.
+`python notebooks/derivation.py` writes the moving picture of section 11, figures/simplex.gif, with its still strip.
 """
 
 import sys
@@ -40,12 +40,13 @@ CURVE = (OLD.log() + TILTS[:, None] * REWARD).softmax(-1)  # Eq. 4's policies
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def draw_optimum(lams: np.ndarray, shares: Mapping[str, Tensor], moved: Tensor, earned: Tensor) -> Figure:
+def draw_optimum(lams: np.ndarray, shares: Mapping[str, Tensor], moved: Tensor, earned: Tensor, number: str) -> Figure:
     r"""Draw how Eq. 4's policy changes with lambda, and what a KL buys.
 
     shares: total probability of the completions of one reward, by label; moved: KL in nats; earned: expected reward.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5))
+    figure.suptitle(rf"{number}. The best policy, from a large $\lambda$ to a small one", fontsize=11)
     for (label, share), (colour, dash) in zip(shares.items(), LOOKS):
         left.plot(lams, share, color=colour, linestyle=dash)
     left.set(xscale="log", xlabel=r"$\lambda$ (reward per nat)", ylabel=r"probability under $\pi^*$", ylim=(0, 1),
@@ -57,9 +58,10 @@ def draw_optimum(lams: np.ndarray, shares: Mapping[str, Tensor], moved: Tensor, 
     return figure
 
 
-def draw_correlations(advantages: Tensor, panels: Mapping[str, tuple[Tensor, float]]) -> Figure:
+def draw_correlations(advantages: Tensor, panels: Mapping[str, tuple[Tensor, float]], number: str) -> Figure:
     r"""Draw the same advantages against several log-ratios: `panels` has log-ratio (G,) and loss by title."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(10, 2.9), sharey=True)
+    figure, axes = plt.subplots(1, len(panels), figsize=(10, 3.2), sharey=True)
+    figure.suptitle(f"{number}. Only the pairing of rewards and log-ratios counts", fontsize=11)
     for axis, (name, (rho, loss)) in zip(axes, panels.items()):
         line = np.poly1d(np.polyfit(rho, advantages, 1))
         axis.plot([-1.6, 4], line([-1.6, 4]), "--", color="grey", linewidth=1)
@@ -69,9 +71,10 @@ def draw_correlations(advantages: Tensor, panels: Mapping[str, tuple[Tensor, flo
     return figure
 
 
-def draw_inner_updates(paths: Mapping[float, Tensor]) -> Figure:
+def draw_inner_updates(paths: Mapping[float, Tensor], number: str) -> Figure:
     r"""Draw cosine and relative spread over the inner updates; `paths` has (updates, 2, seeds) by epsilon."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.5))
+    figure.suptitle(f"{number}. Inner updates of Reg-GRPO on the small policy", fontsize=11)
     for (eps, path), (colour, dash) in zip(paths.items(), LOOKS):
         band(left, path[:, 0], color=colour, linestyle=dash)
         band(right, path[1:, 1] / eps, np.arange(1, len(path)), color=colour, linestyle=dash)
@@ -85,7 +88,7 @@ def draw_inner_updates(paths: Mapping[float, Tensor]) -> Figure:
     return figure
 
 
-def draw_spreads(lengths: Sequence[int], spreads: Mapping[str, Sequence[float]], eps: float) -> Figure:
+def draw_spreads(lengths: Sequence[int], spreads: Mapping[str, Sequence[float]], eps: float, number: str) -> Figure:
     r"""Draw the spread after one update against the completion length, with epsilon as a horizontal line."""
     figure, axes = plt.subplots(figsize=(7.5, 3.2))
     for (name, values), (colour, dash) in zip(spreads.items(), LOOKS):
@@ -95,30 +98,31 @@ def draw_spreads(lengths: Sequence[int], spreads: Mapping[str, Sequence[float]],
     axes.axhline(eps, color="black", linewidth=1)
     axes.text(lengths[0], eps * 1.08, rf"$\epsilon_\rho$ = {eps}", va="bottom", fontsize=9)
     axes.set(xscale="log", yscale="log", xlabel="completion length T (tokens)", ylabel=r"std of $\rho$ (nats)",
-             ylim=(0.003, 0.4), title="Longer completions spread more in one update")
+             ylim=(0.003, 0.4), title=f"{number}. Longer completions spread more in one update")
     axes.set_xticks(lengths, [str(length) for length in lengths], minor=False)
     axes.minorticks_off()
     return figure
 
 
-def draw_signs(runs: Mapping[str, Tensor]) -> Figure:
+def draw_signs(runs: Mapping[str, Tensor], number: str) -> Figure:
     r"""Draw reward against KL, seed by seed; `runs` has (batches, 3, seeds) as `small_world.race` returns it."""
     figure, axes = plt.subplots(figsize=(6.2, 3.2))
     for (name, run), (colour, dash) in zip(runs.items(), LOOKS):
         axes.plot(run[:, 1], run[:, 0], color=colour, linewidth=0.6, alpha=0.5, linestyle=dash)
         axes.plot(*run.mean(-1)[:, [1, 0]].T, color=colour, linestyle=dash, linewidth=2.5, label=name)
     axes.set(xlabel="KL to the reference (nats)", ylabel="expected reward", ylim=(0, 1.02),
-             title="The printed sign goes further and earns less")
+             title=f"{number}. The printed sign goes further and earns less")
     axes.legend(loc="lower right")
     return figure
 
 
-def draw_fields(points: Tensor, flows: Mapping[str, Tensor]) -> Figure:
+def draw_fields(points: Tensor, flows: Mapping[str, Tensor], number: str) -> Figure:
     r"""Draw the directions of descent at policies (N, 3); `flows` has changes of probability (N, 3) by method name.
 
     A name may carry a remark after a comma; a cross marks a policy where the method has no gradient.
     """
-    figure, axes = plt.subplots(1, len(flows), figsize=(11, 3.1))
+    figure, axes = plt.subplots(1, len(flows), figsize=(11, 3.4))
+    figure.suptitle(f"{number}. Where an inner update moves each policy", fontsize=11)
     at = points.numpy() @ CORNERS
     for axis, (name, flow) in zip(axes, flows.items()):
         length = flow.norm(dim=-1)
@@ -130,9 +134,10 @@ def draw_fields(points: Tensor, flows: Mapping[str, Tensor]) -> Figure:
     return figure
 
 
-def draw_race(runs: Mapping[str, Tensor], rollouts: int) -> Figure:
+def draw_race(runs: Mapping[str, Tensor], rollouts: int, number: str) -> Figure:
     r"""Draw reward against rollouts and against KL for up to four methods; `rollouts` is the number of one batch."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.7), sharey=True)
+    figure.suptitle(f"{number}. Four methods on the small policy", fontsize=11)
     for (name, run), dash in zip(runs.items(), ("-", "--", "-.", ":")):
         look = {"color": METHOD_COLOURS[name.split(",")[0]], "linestyle": dash}
         band(left, run[:, 0], np.arange(len(run)) * rollouts, label=name, **look)
@@ -229,8 +234,9 @@ def spread_after_one_update(length: int, shared: bool, lr: float = 0.003, eps: f
 
 
 def main() -> None:
-    looks = {name: {"color": METHOD_COLOURS[config.method], "linestyle": ":" if config.clip_eps else "-"}
-             for name, config in FIELDS.items()}
+    looks = {"GRPO": {}, "GRPO, clipped": {"color": "#8C7FD6", "marker": "s"}, "Reg-GRPO": {"marker": "^"},
+             "centred regression": {"marker": "D"}}
+    looks = {name: {"color": METHOD_COLOURS[FIELDS[name].method]} | look for name, look in looks.items()}
     write_motion({name: (trajectory(config), looks[name]) for name, config in FIELDS.items()}, OLD, CURVE,
                  FOLDER / "figures")
 

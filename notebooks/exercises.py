@@ -132,18 +132,19 @@ def exercise_02_1(attempt):
 
 
 def exercise_02_2(attempt):
+    # No epsilon on the std of the rewards, as exercise 02.1 has it, so that tests may compare closely with that loss.
     def correct(rho, rewards, eps=0.1):
-        return (group_advantages(rewards) - predicted_advantages(rho, eps)).square().mean()
+        return (group_advantages(rewards, 0.0) - predicted_advantages(rho, eps)).square().mean()
 
     def by_hand(rho, rewards, eps=0.1):
         centred = rho - rho.mean(-1, keepdim=True).detach()  # errors add up to 0: the mean needs no gradient
-        predicted = centred / (rho.var(-1, keepdim=True, correction=0).sqrt() + eps)
-        return torch.nn.functional.mse_loss(predicted, group_advantages(rewards))
+        predicted = centred / (rho.std(-1, keepdim=True, correction=0) + eps)  # sqrt(var) has no gradient at the start
+        return torch.nn.functional.mse_loss(predicted, group_advantages(rewards, 0.0))
 
     def detached(rho, rewards, eps=0.1):
         mean = rho.detach().mean(-1, keepdim=True)
         spread = rho.detach().std(-1, keepdim=True, correction=0) + eps
-        return (group_advantages(rewards) - (rho - mean) / spread).square().mean()
+        return (group_advantages(rewards, 0.0) - (rho - mean) / spread).square().mean()
 
     def half(rho, rewards, eps=0.1):
         return 0.5 * correct(rho, rewards, eps) + 0.5 * detached(rho, rewards, eps)
@@ -261,13 +262,14 @@ def exercise_03b_2(attempt: Callable) -> None:
                 lambda logp: float(np.exp(logp.mean(1)).mean())])
 
 
-def exercise_03b_3(attempt: Callable) -> None:
-    shares = np.linspace(0.1, 0.6, 40).tolist()
-    control = [float(one) for one in attempt(list(shares))]
+def exercise_03b_3(attempt: tuple[Callable, str]) -> None:
+    shares, (function, supports) = np.linspace(0.1, 0.6, 40).tolist(), attempt
+    control = [float(one) for one in function(list(shares))]
     assert len(control) == 40, "give one share for each prompt"
     assert abs(np.mean(control) - np.mean(shares)) < 1e-6, "the mean share differs: now length differs, too"
     assert np.std(control) < 1e-9 or np.allclose(sorted(control), shares), "the lengths have another distribution"
     assert np.std(control) < 1e-9 or abs(np.corrcoef(control, shares)[0, 1]) < 0.5, "length still follows difficulty"
+    assert str(supports).strip().lower() == "no", "(b) is off: compute the 95 % interval of the difference"
 
 
 # 04 ------------------------------------------------------------------------------------------------------------------

@@ -233,39 +233,42 @@ def vanishing_by_rate(sizes: Sequence[int], types: Mapping[str, tuple[float, flo
     for number, size in enumerate(sizes):
         axes.plot(rates, vanish_probability(rates, size), color=plt.cm.cividis(number / len(sizes)),
                   label=f"G = {size}", linewidth=2.6 if size == group else 1.4)
-    for name, (rate, share) in types.items():
-        axes.plot(rate, share, "o", color=INCORRECT, markersize=5)
-    _spread_labels(axes, types)
     axes.set(title=title, xlabel="success rate p of a prompt; dots: mean over a type's prompts", ylim=(-0.03, 1.1),
              ylabel="share of groups that vanish")
     axes.legend(loc="upper center", ncols=len(sizes))
+    _label_dots(axes, types)
     return figure
 
 
-def _spread_labels(axes: Axes, types: Mapping[str, tuple[float, float]]) -> None:
-    r"""Write each type's name beside its dot, lower where two dots lie side by side."""
-    used: list[tuple[float, float]] = []
-    for name, (rate, share) in sorted(types.items(), key=lambda pair: -pair[1][1]):
-        height = share
-        while any(abs(rate - x) < 0.14 and abs(height - y) < 0.055 for x, y in used):
-            height -= 0.055
-        used.append((rate, height))
-        shift, side = (-0.012, "right") if rate > 0.85 else (0.012, "left")
-        axes.text(rate + shift, height, name, fontsize=8.5, va="center", ha=side)
+def _label_dots(axes: Axes, types: Mapping[str, tuple[float, float]], gap: float = 0.075) -> None:
+    r"""Draw a dot for each type and a line from it to its name; types at one place share a line, names keep a gap."""
+    names: dict[tuple[float, float], list[str]] = {}
+    for name, place in types.items():
+        axes.plot(*place, "o", color=INCORRECT, markersize=5)
+        names.setdefault((round(place[0], 2), round(place[1], 2)), []).append(name)
+    for left in (True, False):
+        height = np.inf
+        for place in sorted((dot for dot in names if (dot[0] < 0.5) == left), key=lambda dot: (-dot[1], dot[0])):
+            height = min(place[1], height - gap)
+            axes.annotate(", ".join(names[place]), types[names[place][0]], fontsize=8.5,
+                          xytext=(place[0] + (0.09 if left else -0.05), height), ha="left" if left else "right", va="center", annotation_clip=False, zorder=3,
+                          bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8},
+                          arrowprops={"arrowstyle": "-", "color": INCORRECT, "linewidth": 0.8, "shrinkA": 0})
 
 
-def vanishing_shares(panels: Mapping[str, tuple[Sequence[float], Tensor, Tensor]], title: str) -> Figure:
-    r"""Draw the shares of groups that are all correct and all incorrect while training, a panel for each run.
+def vanishing_shares(shares: Mapping[str, Tensor], title: str) -> Figure:
+    r"""Draw shares of groups while training, stacked, as means over seeds, each with its name where it is largest.
 
-    panels: for each heading the steps (N,) and the two shares (N, seeds); drawn are means over seeds, stacked.
+    shares: "all correct" and "all incorrect", (updates, seeds) each.
     """
-    figure, row = plt.subplots(1, len(panels), figsize=(10, 3.4), sharey=True, squeeze=False)
-    figure.suptitle(title, fontsize=11)
-    for axes, (heading, (steps, correct, incorrect)) in zip(row[0], panels.items()):
-        correct, incorrect = correct.mean(1).numpy(), incorrect.mean(1).numpy()
-        axes.stackplot(steps, correct, incorrect, colors=[CORRECT, INCORRECT], alpha=0.85)
-        label_ends(axes, [("all correct", correct[-1] / 2, "#2A7A6E"),
-                          ("all incorrect", correct[-1] + incorrect[-1] / 2, INCORRECT)])
-        axes.set(title=heading, xlabel="step", ylim=(0, 1))
-    row[0, 0].set_ylabel("share of groups that vanish")
+    means = {name: share.mean(1).numpy() for name, share in shares.items()}
+    figure, axes = plt.subplots(figsize=(8, 3.2))
+    colours = [CORRECT if name == "all correct" else INCORRECT for name in means]
+    axes.stackplot(range(len(next(iter(means.values())))), *means.values(), colors=colours, alpha=0.85)
+    axes.set(title=title, xlabel="update", ylabel="share of groups that vanish", ylim=(0, 1))
+    axes.margins(x=0)
+    for name, mean in means.items():
+        first = mean[:len(mean) // 2].sum() > mean[len(mean) // 2:].sum()
+        axes.text(0.03 if first else 0.97, 0.12, name, transform=axes.transAxes, fontweight="bold",
+                  color=INK if name == "all correct" else "white", ha="left" if first else "right")
     return figure

@@ -1,4 +1,5 @@
-r"""Set-up and figures of notebooks 03 and 03b: prompts and groups of the tiny model, states of groups, and plots."""
+r"""Set-up, simulation and figures of notebooks 03 and 03b: prompts and groups of the tiny model, states of groups,
+the tabular simulation of Eq. 03.4, and plots."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -99,19 +100,91 @@ def exact_logp(policy: Policy, cell: str, words: int | None = None, number: int 
 def train_student(cell: str, variant: str, steps: int = 5, seed: int = 0) -> tuple[Policy, int]:
     r"""Train the base model on one cell with GRPO, the project's trainer and a variant; returns it and its rollouts.
 
-    Difficulty is measured against the reward 1, and the reward history is filled beforehand, so that the first step is
-    augmented already.
+    Difficulty is measured against the reward 1, so that the first step is augmented already; the learning rate is 1e-3.
     """
     config = make_config({"method": "grpo", "learning_rate": 1e-3, "seed": seed, "difficulty_reference": "absolute",
                           "absolute_reward": 1.0} | VARIANTS.get(variant, {"augment": "both", "hint_update": variant}))
     student = Policy.load(data_folder() / "base_model",
                           lora=LoraSettings(config.lora_rank, config.lora_alpha, seed))
     trainer = trainer_class(config)(config, read_cell(cell), student)
-    for _ in range(config.history_window):
-        trainer.history.push(0.5)
     for _ in range(steps):
         trainer.step()
     return student, trainer.rollouts
+
+
+# --- the tabular simulation ------------------------------------------------------------------------------------------
+# A policy is one logit for the opening and one for each of k steps. N independent runs are simulated at once; P
+# (N, 1 + k) holds the probability that each of these 1 + k positions is correct.
+
+
+def start_policies(p0: float, alpha: float, runs: int = 32, k: int = 8) -> np.ndarray:
+    r"""Return P (N, 1 + k) at the start: success p0, with the share alpha of log p0 in the opening (Eq. 03.4)."""
+    one = np.r_[p0**alpha, [p0 ** ((1 - alpha) / k)] * k].clip(max=0.999)
+    return np.tile(one, (runs, 1))
+
+
+def draw_groups(P: np.ndarray, shown: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    r"""Draw a group of eight completions for each run; a completion ends with its first error.
+
+    shown (N,): how many positions, from the first on, a hint shows; these are always correct. Returns correct
+    (N, 8, 1 + k); weight, 1 at the positions that the policy itself chose, 0 at shown ones and after an error (same
+    shape); reward (N, 8), 1 if all positions are correct.
+    """
+    not_shown = np.arange(P.shape[1]) >= shown[:, None, None]
+    correct = (rng.random((len(P), 8, P.shape[1])) < P[:, None]) | ~not_shown
+    no_error_yet = correct.cumprod(-1)
+    reached = np.insert(no_error_yet[..., :-1], 0, 1, axis=-1)
+    return correct, not_shown * reached, no_error_yet[..., -1]
+
+
+def pull_on_logits(P: np.ndarray, correct: np.ndarray, weight: np.ndarray, reward: np.ndarray,
+                   sharing: float) -> np.ndarray:
+    r"""Return GRPO's gradient by each logit, (N, 1 + k): the mean over a group of A (correct - P), where weight is 1.
+
+    sharing: the part of every other step's gradient that a step receives too, from 0 to 1; the opening shares nothing.
+    """
+    advantages = (reward - reward.mean(1, keepdims=True)) / (reward.std(1, keepdims=True) + 1e-4)
+    pull = (advantages[..., None] * weight * (correct - P[:, None])).mean(1)
+    total = pull[:, 1:].sum(1, keepdims=True)
+    pull[:, 1:] += sharing * (total - pull[:, 1:])
+    return pull
+
+
+def lend(own: tuple[np.ndarray, ...], hinted: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    r"""Replace up to four incorrect completions of own groups by correct hinted ones, as "mixed" does.
+
+    Trained on the plain prompt, a lent completion has weight 1 at all its positions: the prompt shows none of them.
+    """
+    correct, weight, reward = own
+    number = np.minimum(hinted[2].sum(1), 4)[:, None]
+    lent = (reward == 0) & ((reward == 0).cumsum(1) <= number)
+    return correct | lent[..., None], weight | lent[..., None], reward | lent
+
+
+def simulate(variant: str, p0: float, alpha: float, sharing: float = 0.05, runs: int = 32,
+             budget: int = 4800) -> np.ndarray:
+    r"""Train the tabular policy with a variant until the budget of rollouts is spent; return each run's success (N,).
+
+    One prompt a step: 8 rollouts for its own group, and for a hard one 8 more and, with hints, 4 for traces.
+    """
+    P, used, rng = start_policies(p0, alpha, runs), np.zeros(runs), np.random.default_rng(0)
+    steps, extra = P.shape[1] - 1, 8 + 4 * (variant != "resampled")
+    while (used < budget).any():
+        own = draw_groups(P, np.zeros(runs), rng)
+        difficulty = (1 - own[2].mean(1)) / 2  # Eq. 9 against the reward 1; half of a reward is the format's
+        hard = difficulty == 0.5 if variant == "only vanished" else difficulty > 0.1
+        hard = hard & (variant != "plain")
+        shown = 1 + np.ceil(steps * (0.1 + 0.5 * (difficulty - 0.1) / 0.9))  # the opening, and steps by Eq. 03.1
+        second = draw_groups(P, shown * (variant != "resampled"), rng)
+
+        own_pull = pull_on_logits(P, *own, sharing)
+        hard_pull = pull_on_logits(P, *(lend(own, second) if variant == "mixed" else second), sharing)
+        if variant == "kept":
+            hard_pull = hard_pull + own_pull
+        move = np.where(hard[:, None], hard_pull, own_pull) * (used < budget)[:, None]
+        P = 1 / (1 + (1 / P - 1) * np.exp(-0.5 * move))  # the logit rises by half of the gradient
+        used = used + (8 + extra * hard) * (used < budget)
+    return P.prod(1)
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -122,7 +195,7 @@ def draw_readings(title: str) -> Figure:
     own, hinted = [0, 0, 0, 1, 0, 0, 0, 0], [1, 1, 0, 1, 1, 0, 1, 1]
     parts = {"own": [(value, "o") for value in own], "hinted": [(value, "D") for value in hinted]}
     rows = {"sampled: own group": (parts["own"], "no"), "sampled: hinted group": (parts["hinted"], "yes"),
-            "1 replaced": (parts["hinted"], "yes"), "2 only vanished": (parts["own"], "no"),
+            "1 hinted (replaces own)": (parts["hinted"], "yes"), "2 only vanished": (parts["own"], "no"),
             "3 kept": (parts["own"] + parts["hinted"], "no / yes"),
             "4 mixed": ([(1, "D")] * 3 + [(1, "o"), (1, "D")] + [(0, "o")] * 3, "no"),
             "5 unhinted": (parts["hinted"], "no")}
@@ -137,7 +210,7 @@ def draw_readings(title: str) -> Figure:
     axes.text(18, -0.9, "hint in the prompt\nof the update?", ha="center", va="center", fontsize=9)
     axes.text(0, -0.9, "circle: written without a hint, diamond: with it;  green: correct, dark red: incorrect",
               va="center", fontsize=9)
-    axes.set(xlim=(-4.5, 20), ylim=(7.2, -1.5), title=title)
+    axes.set(xlim=(-6, 20), ylim=(7.2, -1.5), title=title)
     axes.axis("off")
     return figure
 
@@ -193,11 +266,14 @@ def hint_curves(curves: Mapping[str, Sequence[float]], levels: Sequence, title: 
                 xlabel: str = "what the hint shows") -> Figure:
     r"""Draw one line for each cell of the chain types against what the hint shows.
 
-    curves: values by label; a label begins with the name of its cell, such as "F2: along the chain".
+    curves: values by label; a label begins with the name of its cell, such as "F2: along the chain". S is dashed, since
+    it runs along A2 once a hint shows the first word.
     """
     figure, axes = plt.subplots(figsize=(8, 3.4))
     for label, values in curves.items():
-        axes.plot(range(len(levels)), values, "o-", color=CELL_COLOURS[label.split(":")[0]], markersize=5, label=label)
+        cell = label.split(":")[0]
+        axes.plot(range(len(levels)), values, "o--" if cell == "S" else "o-", color=CELL_COLOURS[cell], markersize=5,
+                  label=label)
     axes.set_xticks(range(len(levels)), levels)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
     figure.legend(loc="outside right center")

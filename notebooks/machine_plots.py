@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dvr1_lite.files import read_lines
 from dvr1_lite.policy import Policy
@@ -14,13 +15,13 @@ SHORT = {"<|im_end|>": "end", "<think>": "think", "</think>": "/think", "<answer
          "<glue>": "glue", "</glue>": "/glue"}  # tokens that would not fit their cell
 
 
-def patch_order(frames: torch.Tensor, patches: torch.Tensor) -> Figure:
+def patch_order(frames: torch.Tensor, patches: torch.Tensor, label: str) -> Figure:
     r"""Draw the first frame with the number of each patch's row, and check every row against the frame's pixels.
 
-    frames: (T, 3, 56, 56) in [0, 1]; patches: what `patchify` made of them with mean and std 0.5. Raises
-    AssertionError if a row holds other pixels than those of its place.
+    frames: (N_f, 3, 56, 56) in [0, 1]; patches: what `patchify` made of them with mean and std 0.5; label:
+    "Figure 04-C". Raises AssertionError if a row holds other pixels than those of its place.
     """
-    figure, axes = plt.subplots(figsize=(3.6, 3.8))
+    figure, axes = plt.subplots(figsize=(3.6, 4.0))
     axes.imshow(frames[0].permute(1, 2, 0), alpha=0.75)
     for number in range(16):
         block, within = divmod(number, 4)
@@ -32,12 +33,23 @@ def patch_order(frames: torch.Tensor, patches: torch.Tensor) -> Figure:
         look = {"color": "white", "linewidth": 3 if edge == 28 else 0.8}
         axes.axvline(edge - 0.5, **look)
         axes.axhline(edge - 0.5, **look)
-    axes.set(title="Four consecutive rows are one block", xlabel="x (pixels)", ylabel="y (pixels)")
+    axes.set(title=f"{label}. Four consecutive rows\nof the patch table are one block", xlabel="x (pixels)",
+             ylabel="y (pixels)")
     axes.grid(visible=False)
     return figure
 
 
-def token_table(policy: Policy, group: Group, values: torch.Tensor, limit: float = 0.5) -> Figure:
+def add_number(figure: Figure, number: str) -> None:
+    r"""Write the number ("Figure 04-D") into the title of a figure over the steps of a run; ticks at whole steps."""
+    if len(figure.axes) == 1:
+        figure.axes[0].set_title(f"{number}. {figure.axes[0].get_title()}")
+    else:
+        figure.suptitle(f"{number}. Groups that vanish, step by step", fontsize=11)
+    for axes in figure.axes:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
+
+
+def token_table(policy: Policy, group: Group, values: torch.Tensor, number: str, limit: float = 0.5) -> Figure:
     r"""Draw a group's completions token by token, coloured by `values` (G, T) in nats from -limit to limit.
 
     Rows are sorted by reward, the highest on top.
@@ -55,7 +67,7 @@ def token_table(policy: Policy, group: Group, values: torch.Tensor, limit: float
             axes.text(x, y, SHORT.get(word, word), fontsize=8.5, ha="center", va="center", parse_math=False,
                       color="white" if abs(row[x]) > 0.6 * limit else "black")
     axes.set_yticks(range(len(order)), [f"R = {group.scores[i].total:.0f}" for i in order])
-    axes.set(title="An update moves the tokens at which completions differ", xlabel="token",
+    axes.set(title=f"{number}. An update moves the tokens at which completions differ", xlabel="token",
              ylim=(len(order) - 0.5, -0.5), xlim=(-0.5, longest - 0.5), xticks=range(0, longest, 2))
     axes.grid(visible=False)
     figure.colorbar(drawn, ax=axes, label="change (nats)")

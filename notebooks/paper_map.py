@@ -1,8 +1,9 @@
 """Two tables of notebook 00, written into it by python notebooks/paper_map.py: the map of the paper, and the plan.
 
 Each row of the map names what the paper prints, where the notebooks explain it, the code, and a test that holds the code
-to it. Sections are looked up in the notebooks, not written here. The plan has the reading time of every notebook, by
-its words and code cells. `tests/notebooks/test_paper_map.py` checks that everything named here exists.
+to it. Sections are looked up in the notebooks, not written here. The plan has the reading times that every notebook
+states in its first table. `tests/notebooks/test_paper_map.py` checks that everything named here exists, and the times
+against words and code cells.
 """
 
 import re
@@ -165,12 +166,18 @@ def reading_minutes(path: Path) -> dict[str, int]:
     return {name: round(minutes[name]) for name in ("Core", "Deeper")}
 
 
+def stated_minutes(path: Path) -> dict[str, int]:
+    """Minutes for the "Core" and the "Deeper" sections as a notebook's first table states them; 0 where it has none."""
+    box = nbformat.read(path, as_version=4).cells[0].source
+    return {"Core": 0, "Deeper": 0} | {part: int(n) for part, n in re.findall(r"\b(Core|Deeper) (\d+)", box)}
+
+
 def plan_table() -> str:
-    """The plan as it stands in notebook 00; minutes are rounded to five."""
+    """The plan as it stands in notebook 00, with the minutes that the notebooks state."""
     lines = ["| notebook | you find out | Core, minutes | Deeper, minutes |", "| --- | --- | --- | --- |"]
     for number, name in NOTEBOOKS.items():
-        core, deeper = (5 * round(minutes / 5) for minutes in reading_minutes(FOLDER / name).values())
-        lines.append(f"| [{number}]({name}) | {TOPICS[number]} | {core} | {deeper or '-'} |")
+        core, deeper = (minutes or "-" for minutes in stated_minutes(FOLDER / name).values())
+        lines.append(f"| [{number}]({name}) | {TOPICS[number]} | {core} | {deeper} |")
     return "\n".join(lines)
 
 

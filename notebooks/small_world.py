@@ -153,14 +153,23 @@ def triangle(axes, old: Tensor, curve: Tensor, title: str) -> None:
 
 
 def tracks_picture(tracks: dict[str, tuple[Tensor, dict]], step: int, old: Tensor, curve: Tensor) -> np.ndarray:
-    """Tracks (name: policies (N, 3), look of its line) up to a step, as an image (H, W, 3)."""
-    figure, axes = plt.subplots(figsize=(4.4, 4.0), dpi=80)
+    """Tracks (name: policies (N, 3), look of its line) up to a step, as an image (H, W, 3).
+
+    The names stand right of the triangle, in the order in which the whole tracks end, with a thin line to each end.
+    """
+    figure = plt.figure(figsize=(5.2, 3.7), dpi=80, layout="none")
+    axes = figure.add_axes((0, 0, 1, 0.9))
     triangle(axes, old, curve, f"after {step} inner updates")
+    axes.set(xlim=(-0.12, 1.5), ylim=(-0.1, 0.98))
+    heights = np.linspace(0.15, 0.82, len(tracks) + 1)[1:]
+    order = sorted(tracks, key=lambda name: tracks[name][0][-1].numpy() @ CORNERS[:, 1])
     for name, (track, look) in tracks.items():
-        places = track[: step + 1].numpy() @ CORNERS
-        axes.plot(*places.T, linewidth=2.5, label=name, **look)
-        axes.plot(*places[-1], "o", color=look["color"], markersize=6)
-    axes.legend(loc="upper left", fontsize=8, bbox_to_anchor=(-0.16, 1.05))
+        places, look = track[: step + 1].numpy() @ CORNERS, {"marker": "o"} | look
+        marker, height = look.pop("marker"), heights[order.index(name)]
+        axes.plot(*places.T, linewidth=2, **look)
+        axes.plot(*places[-1], marker, color=look["color"], markersize=7, zorder=3)
+        axes.plot((places[-1, 0], 1.03), (places[-1, 1], height), color=look["color"], linewidth=0.6)
+        axes.text(1.05, height, name, color=look["color"], fontsize=9, va="center")
     figure.canvas.draw()
     picture = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
     plt.close(figure)

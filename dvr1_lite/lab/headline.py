@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .plotting import METHOD_COLOURS, STYLE
+from .plotting import STYLE
 from .stats import seed_summary
 from .tables import CELL_SUCCESS, EXPERIMENTS, ROBUST, VARIANTS
 
@@ -104,21 +104,21 @@ def robust_table(results: Path) -> pd.DataFrame:
 def robust_figure(results: Path) -> Figure:
     r"""Draw accuracy at temperature 1 against the learning rate, a panel for each number of inner updates."""
     runs = _runs(results, "robust")
-    dashes, used = ("-", "--", "-.", ":"), {}
+    looks = dict(zip(ROBUST, (("#332288", "-"), ("#88CCEE", "-"), ("#44AA99", "-"), ("#117733", "-"), ("#CC6677", "-"),
+                              ("#CC6677", "--"), ("#AA4499", "-"))))
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.2), sharey=True)
-        for name, changes in ROBUST.items():
-            method = changes["method"]
-            dash = dashes[used.setdefault(method, 0) % 4]
-            used[method] += 1
+        for name, (colour, dash) in looks.items():
             for axes, inner in zip(panels, (1, 4, 16)):
                 found = {float(row.split("rate ")[1]): [np.mean([cell["accuracy"] for cell in run["sampled"].values()])
                                                         for run in seeds.values()]
                          for row, seeds in runs.items() if row.startswith(f"{name}; {inner} updates")}
                 axes.plot(list(found), [100 * np.mean(values) for values in found.values()], dash, marker="o",
-                          markersize=4, color=METHOD_COLOURS[method], label=name)
-                axes.set(xscale="log", title=f"{inner} updates on each batch", xlabel="learning rate")
+                          markersize=4, color=colour, label=name)
+                axes.set(xscale="log", title=f"inner updates: {inner}", xlabel="learning rate")
+                axes.set_xticks(list(found), [f"{rate:g}" for rate in found])
+                axes.minorticks_off()
         panels[0].set_ylabel("accuracy in %, temperature 1")
-        panels[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
+        panels[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, handlelength=2.5)
         figure.suptitle("When Reg-GRPO differs from GRPO: how much the setting matters", fontsize=10)
     return figure

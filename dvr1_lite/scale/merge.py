@@ -18,6 +18,7 @@ from ..data import prompt_text
 from ..errors import ConfigError, ModelError, UserError
 from ..files import make_folder, resolve, write_atomically, writing
 from ..policy import Policy
+from ..run import RUN_CONFIG
 from .datasets import read_any
 
 # Everything of the base model but its weights and config.json is copied as it is.
@@ -50,6 +51,8 @@ def merge(adapter: str | Path, out: str | Path, *, model: str | Path | None = No
                                 _raise_exceptions_for_connection_errors=False)
             if found is not None:
                 shutil.copyfile(found, out / name)
+        if (adapter.resolve().parent / "config.yaml").is_file():
+            shutil.copyfile(adapter.resolve().parent / "config.yaml", out / RUN_CONFIG)
     add_older_fields(out)
     write_atomically(out / "README.md", model_card(adapter, base, policy.config.model_type, dtype))
     return out

@@ -205,17 +205,19 @@ def compare(own: Sequence[Group], changed: Sequence[Group]) -> dict:
 
 def report(found: Mapping) -> str:
     r"""Return what a pilot found as text, with the verdict last."""
-    share = lambda value: "not estimated" if value is None else f"{100 * value:.0f} %"
+    share = lambda value: f"{100 * value:.0f} %"
     rate = lambda name: f"{share(found[name]['rate'])} {in_per_cent(found[name]['ci95'])}"
     total = sum(found["hours"].values())
+    expected = ("not estimated: --completions is below the group size" if found["vanishing_expected"] is None else
+                f"{share(found['vanishing_expected'])} expected from the prompts' success")
     lines = [f"{plural(found['prompts'], 'prompt')}, {plural(found['completions'], 'completion')} each, of "
              f"{Path(found['model']).name} on {Path(found['data']).name}",
              *(f"  left out: {error}" for error in found["broken"][:5]),
              f"well formed           {rate('format')}", f"success               {rate('success')}",
              f"groups                {share(found['all_correct'])} all correct, {share(found['all_incorrect'])} all "
              f"incorrect; {share(found['spread'])} have different rewards",
-             f"vanishing, G = {found['group_size']:<6} {share(found['vanishing_expected'])} expected from the prompts' "
-             f"success (Eq. 01.3); {share(found['vanishing_if_equal'])} if all were equally hard",
+             f"vanishing, G = {found['group_size']:<6} {expected} (Eq. 01.3); "
+             f"{share(found['vanishing_if_equal'])} if all were equally hard",
              f"length                {found['tokens']:.0f} tokens, {share(found['truncated'])} reach the limit"]
     for name, facts in found["video"].items():
         lines.append(f"{name:<22}{share(facts['success'])} success; the own clip adds {100 * facts['difference']:+.0f} "
@@ -260,10 +262,12 @@ def recommended(config: TrainConfig) -> tuple[TrainConfig, dict[str, dict]]:
 
 def write_config(path: Path, config: TrainConfig, advice: Mapping[str, Mapping]) -> str:
     r"""Write a config with the reason for each recommended setting at its top; return the command that trains with it.
+    It saves at least five checkpoints.
 
     Raises `UserError` if it cannot be written.
     """
+    often = max(1, min(config.save_every, config.steps // 5))
     head = [f"# {name}: {entry['value']} ({entry['status']}): {entry['reason']}\n" for name, entry in advice.items()]
     write_atomically(path, "# Written by `python -m dvr1_lite pilot`; the settings that it recommends, and why:\n"
-                     + "".join(head) + "\n" + to_yaml(replace(config, out=f"runs/{path.stem}")))
+                     + "".join(head) + "\n" + to_yaml(replace(config, out=f"runs/{path.stem}", save_every=often)))
     return f"python -m dvr1_lite train --config {path}" + (f" --reward {config.reward}" if config.reward else "")

@@ -239,10 +239,10 @@ def _cell_tables(facts: dict) -> str:
         lines.append([name, *(f"{value:.3g}" for value in values)])
     table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
     verdicts = "".join(f"- {'yes' if holds else '**no**'}: {text}\n" for text, holds in judge(facts).items())
-    return ("\nExact success of the cells. *target*, *success*, *hint N* (N of the trace's 16 words shown): probability "
-            "of the correct completion; *step*: the geometric mean over its eight steps; *factor*: success over target; "
-            "*empty hint*, *noise* (sigma 0.3), *blind*, *one frame*, *shuffled*: success with these over the plain "
-            f"success; *hint error*: largest distance from a geometric curve:\n\n{table}\n{verdicts}")
+    return ("\nExact success of cells. *target*, *success*, *hint N* (N of 16 words of the trace shown): probability "
+            "of the correct completion; *step*: the geometric mean over its eight steps; *factor*: success over "
+            "target; *empty hint*, *noise* (sigma 0.3), *blind*, *one frame*, *shuffled*: success with these over the "
+            f"plain success; *hint error*: largest distance from a geometric curve:\n\n{table}\n{verdicts}")
 
 
 def _markdown(columns: Sequence[str], rows: dict[str, list[float | None]]) -> str:

@@ -245,10 +245,35 @@ def test_own_records_are_evaluated_from_another_folder_and_two_evaluations_compa
     # differences 1, 0, 0 of three clips: 1/3 +- t(2) = 4.3027 times sqrt(1/3) / sqrt(3), cut to what is possible
     assert re.match(r"0.0 -> .* %, change \+33.3 \[-100.0, \+100.0\] points \(95 %, paired, by clip; n = 3 on 3 "
                     r"clips\), format 0.0 %\n3 clips cannot tell .*\n$", capsys.readouterr().out)
+    settings = tmp_path / "b" / "evaluation.json"
+    settings.write_text(settings.read_text().replace('"num_frames": 4', '"num_frames": 8'))
+    assert cli.main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "note: the two were asked with another num_frames\n" in capsys.readouterr().err
     (tmp_path / "b" / "predictions.jsonl").write_text(kept[0] + "\n")
     fails(capsys, ["evaluate", "--compare", tmp_path / "a", tmp_path / "b"], "answers to different questions (3 and 1)")
     fails(capsys, ["evaluate", "--compare", tmp_path / "a", tmp_path / "none"], "none holds no finished evaluation")
     fails(capsys, ["evaluate", "--data", tmp_path / "own.jsonl"], "give both --data and --out")
+
+
+def test_evaluate_takes_batch_and_frames_from_the_config_of_a_merged_model(run, world, tmp_path, capsys):
+    merged = tmp_path / "merged"
+    assert cli.main(["merge", "--adapter", str(run), "--out", str(merged), "--dtype", "float32"]) == 0
+    file = merged / "dvr1_config.yaml"
+    assert file.read_text() == (run / "config.yaml").read_text()
+    file.write_text(re.sub(r"(?m)^eval_batch: .*$", "eval_batch: 3", file.read_text()))
+    capsys.readouterr()
+    assert cli.main(["evaluate", "--model", str(merged), "--data", str(world / "records.jsonl"), "--out",
+                     str(tmp_path / "e")]) == 0
+    saved = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    assert (saved["num_frames"], saved["batch"]) == (4, 3)
+    assert "asked with 4 frames of 56 pixels, at most " in capsys.readouterr().err
+
+
+def test_training_names_clips_that_an_evaluation_shares(run, capsys):
+    from dvr1_lite.config import load_config
+
+    cli._prepare(load_config(run / "config.yaml"), None)
+    assert re.search(r"note: val shares 3 clips with the training file, such as .*0\.mp4: split by", capsys.readouterr().err)
 
 
 def test_mistakes_in_the_options_of_evaluate_are_explained(run, world, tmp_path, capsys):

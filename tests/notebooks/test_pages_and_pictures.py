@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
@@ -128,6 +129,19 @@ def test_the_drawing_of_the_method_lights_what_is_asked_for_and_its_texts_do_not
                 for b, other in zip(axes.texts[i + 1:], boxes[i + 1:]) if one.overlaps(other)]
     plt.close(figure)
     assert touching == []
+
+
+def test_every_type_of_question_has_its_name_at_the_end_of_a_line_from_its_dot():
+    places = {"cell": (0.018, 0.8125), "tally": (0.0156, 0.875), "since": (0.0156, 0.875), "frames": (0.008, 0.9375),
+              "order": (0.148, 0.5625), "shape": (0.914, 0.8125), "colour": (0.968, 0.8125)}
+    types = {name: tuple(map(np.float64, place)) for name, place in places.items()}
+    figure = figures.vanishing_by_rate((2, 8), types, 8, "A title")
+    names = {text.get_text(): text for text in figure.axes[0].texts}
+    assert set(names) == {"tally, since", *types} - {"tally", "since"}
+    assert all(text.xy == types[name.split(", ")[0]] for name, text in names.items())
+    heights = sorted((text.xyann[1] for text in names.values() if text.xyann[0] < 0.5), reverse=True)
+    plt.close(figure)
+    assert all(a - b > 0.07 for a, b in zip(heights, heights[1:]))  # no two on the same side overlap
 
 
 def test_the_drawing_names_its_parts_when_asked_for_another():

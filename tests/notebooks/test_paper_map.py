@@ -39,25 +39,20 @@ def test_the_notebook_shows_this_map():
     assert paper_map.map_table() in cell.source, "run python notebooks/paper_map.py"
 
 
-def test_the_plan_lists_every_notebook_with_its_measured_time():
+def test_the_plan_lists_every_notebook_with_the_times_of_its_box():
     source = paper_map.table_cell(nbformat.read(paper_map.START, as_version=4), paper_map.PLAN_HEADING).source
-    rows = re.findall(r"(?m)^\| \[(\w+)\]\(.*\) \| .* \| (\d+) \| (\d+|-) \|$", source)
-    assert [number for number, *_ in rows] == list(paper_map.NOTEBOOKS), "run python notebooks/paper_map.py"
-    for number, *stated in rows:
-        measured = paper_map.reading_minutes(paper_map.FOLDER / paper_map.NOTEBOOKS[number])
-        for minutes, (part, truth) in zip(stated, measured.items()):
-            off = abs((0 if minutes == "-" else int(minutes)) - truth)
-            assert off <= 5, f"{number} {part} takes {truth} minutes: run python notebooks/paper_map.py"
+    assert paper_map.plan_table() in source, "run python notebooks/paper_map.py"
+    rows = re.findall(r"(?m)^\| \[(\w+)\]\(.*\) \| .* \| (\d+|-) \| (\d+|-) \|$", source)
+    assert [number for number, *_ in rows] == list(paper_map.NOTEBOOKS)
+    assert "a beginner needs two to three times as long" in source  # the rule gives the pace of a second reading
 
 
-@pytest.mark.parametrize("number", ["00", "01"])
-def test_the_box_of_a_notebook_states_the_measured_times(number):
+@pytest.mark.parametrize("number", paper_map.NOTEBOOKS)
+def test_the_box_of_a_notebook_states_about_the_measured_times(number):
     path = paper_map.FOLDER / paper_map.NOTEBOOKS[number]
-    box = nbformat.read(path, as_version=4).cells[0].source
-    stated = {part: int(minutes) for part, minutes in re.findall(r"(Core|Deeper) (\d+)", box)}
-    measured = paper_map.reading_minutes(path)
-    assert stated.keys() == measured.keys()
-    assert all(abs(stated[part] - measured[part]) <= 5 for part in stated), measured
+    stated, measured = paper_map.stated_minutes(path), paper_map.reading_minutes(path)
+    assert sum(stated.values()) > 0
+    assert all(abs(stated[part] - measured[part]) <= 10 for part in stated), (stated, measured)
 
 
 def test_reading_minutes_by_hand(tmp_path):

@@ -170,6 +170,13 @@ def test_the_recommendation_is_complete_and_every_field_is_a_config_field():
     assert config.learning_rate == large["learning_rate"]["value"] and advice == large
 
 
+def test_the_readme_shows_the_recommendation():
+    entries = yaml.safe_load((CONFIGS / "recommendation.yaml").read_text(encoding="utf-8"))
+    cells = [f"{entry['value']}" + (f" ({entry['large']})" if "large" in entry else "") for entry in entries.values()]
+    readme = (CONFIGS.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"| {' | '.join(entries)} |\n" in readme and f"| {' | '.join(cells)} |\n" in readme
+
+
 def test_the_command_writes_a_config_that_follows_the_recommendation(world, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{"video": f"{number}.mp4", "question": "what colour", "answer": "A", "options": ["red", "green"]}

@@ -52,11 +52,16 @@ OFF = ("kl_in_reward", "overlong_filter", "dynamic_sample", "async_generate", "d
 
 @functools.cache
 def plugin_config() -> TrainConfig:
-    r"""Load the config that the environment variable DVR1_CONFIG names. Raises `ConfigError`."""
+    r"""Load the config that the environment variable DVR1_CONFIG names. Raises `ConfigError`, also for one with a
+    reward of your own, which this plug-in does not run."""
     if not os.environ.get("DVR1_CONFIG"):
         raise ConfigError("the environment variable DVR1_CONFIG is not set: give it a YAML file, or the name of a "
                           "shipped config")
-    return load_config(os.environ["DVR1_CONFIG"])
+    config = load_config(os.environ["DVR1_CONFIG"])
+    if config.reward:
+        raise ConfigError(f"the config names the reward {config.reward}, which this plug-in does not run: write an ORM "
+                          f"of your own for ms-swift, and take the line `reward` out of the config")
+    return config
 
 
 class Reward(ORM):
