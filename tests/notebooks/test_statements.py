@@ -116,7 +116,8 @@ def test_01_when_the_loss_is_0_and_when_not(case, zero):
 def test_01_a_live_group_costs_about_1_over_p_only_where_p_is_small():
     cost = {p: [size / (1 - vanish_probability(p, size)) for size in (2, 8, 32)] for p in (0.005, 0.5)}
     assert all(abs(one - 200) < 20 for one in cost[0.005]) and max(cost[0.5]) > 10 / 0.5
-    assert "For *small* $p$" in source("01") and "For hard prompts a live group costs" in source("01")
+    assert abs(32 / (1 - vanish_probability(0.02, 32)) - 67) < 1, "not 1 / p = 50: G p is not small"
+    assert "For small $Gp$" in source("01") and "Where $Gp$ is small, a live group costs" in source("01")
 
 
 def test_01_both_kl_estimators_have_the_kl_as_their_mean_and_02_compares_them():
