@@ -513,6 +513,8 @@ def pilot_command(arguments: Sequence[str]) -> int:
     file, resume, given = parse_training(rest)
     if resume is not None or (options.write_config and options.write_config.exists()):
         raise ConfigError("leave --resume to train" if resume else f"{options.write_config} exists: give another name")
+    if options.write_config and not options.write_config.resolve().parent.is_dir():
+        raise ConfigError(f"{options.write_config} cannot be written: make its folder first")
     if options.data is not None:
         given = {"data_root": None, "eval_files": []} | given | {"train_file": options.data}
     config, advice = load_config(file, given), {}

@@ -328,10 +328,12 @@ def shipped_configs() -> dict[str, Path]:
 def card_settings(card: int, model: str, bfloat16: bool = True) -> dict[str, Any]:
     r"""Return what `configs/cards.yaml` changes for a model on a GPU with so many GB. Raises `ConfigError`.
 
+    model: its hub id, or a local folder of the same name, such as ./models/Qwen3-VL-4B-Instruct.
     bfloat16: whether the GPU computes in it; without it the number type is float32, and a card of 16 GB is a T4.
     """
     entry = _card(card, bfloat16)
-    return entry["all"] | entry.get(model, {}) | ({} if bfloat16 else {"dtype": "float32"})
+    own = next((values for name, values in entry.items() if "/" in name and Path(name).name == Path(model).name), {})
+    return entry["all"] | own | ({} if bfloat16 else {"dtype": "float32"})
 
 
 def card_gb(card: int, bfloat16: bool = True) -> float:

@@ -195,6 +195,11 @@ def test_a_config_has_the_papers_values_fits_its_cards_and_says_where_each_value
         assert re.search(r"  # (paper|not given|does not apply)", line), line
 
 
+def test_a_local_folder_gets_the_settings_of_the_model_of_its_name():
+    known = card_settings(16, "Qwen/Qwen3-VL-4B-Instruct")
+    assert card_settings(16, "./models/Qwen3-VL-4B-Instruct") == known != card_settings(16, "./models/other")
+
+
 def test_the_full_scale_configs_have_the_values_recommended_for_large_models():
     known = yaml.safe_load((CONFIGS / "recommendation.yaml").read_text(encoding="utf-8"))
     shared = read_yaml(CONFIGS / "full_scale.yaml")

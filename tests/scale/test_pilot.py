@@ -195,6 +195,8 @@ def test_the_command_writes_a_config_that_follows_the_recommendation(world, tmp_
     assert config.eval_files == []
     assert json.loads((tmp_path / "p" / "pilot.json").read_text())["group_size"] == config.group_size
     assert cli.main(arguments) == 2 and "mine.yaml exists: give another name" in capsys.readouterr().err
+    nowhere = [str(tmp_path / "no" / "mine.yaml") if one.endswith("mine.yaml") else one for one in arguments]
+    assert cli.main(nowhere) == 2 and "make its folder first" in capsys.readouterr().err
     assert cli.main(["pilot", "--resume", "x"]) == 2 and "leave --resume to train" in capsys.readouterr().err
     assert cli.main(["pilot", "--promts", "3"]) == 2 and "promts" in capsys.readouterr().err
 
