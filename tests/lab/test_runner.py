@@ -175,11 +175,15 @@ def test_ctrl_c_lets_every_worker_save(workers, tmp_path):
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
 
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        reproduce("table4", tmp_path / "results", 1, 2)
-    thread.join()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
+    try:
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            reproduce("table4", tmp_path / "results", 1, 2)
+        thread.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(list(tmp_path.rglob("saved"))) == 2
 
 
