@@ -150,7 +150,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained(".", dtype="auto")
 processor = AutoProcessor.from_pretrained(".")
 with av.open("clip.mp4") as clip:
-    pictures = [frame.to_image().rotate(frame.rotation, expand=True).resize(({side}, {side}))
+    pictures = [frame.to_image().rotate(frame.rotation, expand=1).resize(({side}, {side}))
                 for frame in clip.decode(video=0)]
     seconds = len(pictures) / float(clip.streams.video[0].average_rate)
 frames = [pictures[int((k + 0.5) * len(pictures) / {frames})] for k in range({frames})]
