@@ -278,9 +278,10 @@ def compare_saved(before: str | Path, after: str | Path) -> tuple[dict, dict, di
     """
     rows, summaries = [], []
     for folder in map(Path, (before, after)):
-        if not (folder / "summary.json").is_file() or not (folder / "predictions.jsonl").is_file():
-            raise ConfigError(f"{folder} holds no finished evaluation (predictions.jsonl and summary.json): give the "
-                              f"--out folder of an evaluate command")
+        needed = ("predictions.jsonl", "summary.json", "evaluation.json")
+        if not all((folder / name).is_file() for name in needed):
+            raise ConfigError(f"{folder} holds no finished evaluation ({', '.join(needed)}): give the --out folder of "
+                              f"an evaluate command")
         rows.append(list(read_lines(folder / "predictions.jsonl")))
         summaries.append(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
     old, new = ({row["index"]: row["record_id"] for row in part} for part in rows)

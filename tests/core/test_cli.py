@@ -3,6 +3,7 @@ r"""The command line: options, messages, exit status."""
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -267,6 +268,14 @@ def test_evaluate_takes_batch_and_frames_from_the_config_of_a_merged_model(run, 
     saved = json.loads((tmp_path / "e" / "evaluation.json").read_text())
     assert (saved["num_frames"], saved["batch"]) == (4, 3)
     assert "asked with 4 frames of 56 pixels, at most " in capsys.readouterr().err
+
+
+def test_resume_says_that_a_killed_run_had_no_checkpoint(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoints")
+    (tmp_path / "killed" / "summary.json").unlink()
+    assert cli.main(["train", "--resume", str(tmp_path / "killed")]) == 0
+    assert "killed has no checkpoint yet (save_every is " in capsys.readouterr().out
 
 
 def test_training_names_clips_that_an_evaluation_shares(run, capsys):
