@@ -1,4 +1,4 @@
-"""Two tables of notebook 00, written into it by python notebooks/paper_map.py: the map of the paper, and the plan.
+"""PAPER_MAP.md and the plan of notebook 00, both written by python notebooks/paper_map.py.
 
 Each row of the map names what the paper prints, where the notebooks explain it, the code, and a test that holds the code
 to it. Sections are looked up in the notebooks, not written here. The plan has the reading times that every notebook
@@ -15,8 +15,19 @@ import nbformat
 FOLDER = Path(__file__).resolve().parent
 NOTEBOOKS = {path.name.partition("_")[0]: path.name for path in sorted(FOLDER.glob("[0-9]*_*.ipynb"))}
 START = FOLDER / NOTEBOOKS["00"]
-HEADING = "## 7. The map (Deeper)"  # of the cell that holds the map
-PLAN_HEADING = "## 5. Which notebook for which reader (Core)"  # and of the cell that holds the plan
+MAP = FOLDER / "PAPER_MAP.md"
+PLAN_HEADING = "## 5. Which notebook for which reader (Core)"  # of the cell that holds the plan
+INTRODUCTION = """# From the paper to this code
+
+Where each equation, table and figure of the paper is explained, the code that computes it, and a test that holds the code
+to it. "Again": printed under these numbers too, in the appendix. `python notebooks/paper_map.py` writes this page.
+
+"""
+LAST_WORDS = """
+Tables 1 to 3 belong to large models and real video; here are their published figures and readers for their files, nothing
+more. Tables 4 to 8 and figure 3 are also experiments with seeds on ToyVideoQA (`python -m dvr1_lite reproduce table4`);
+[notebook 05](05_reproducing_the_tables.ipynb) reads them.
+"""
 WORDS_A_MINUTE, MINUTES_A_CELL = 200, 1
 TOPICS = {
     "00": "what the paper claims, what a reward is, which groups teach nothing",
@@ -122,7 +133,7 @@ def section(row: Row) -> str | None:
     for where in (r"\\tag\{[^}]*\}", r"(?m)^##+ .*$", r"(?s).+"):
         current = ""
         for cell in cells:
-            if cell.cell_type != "markdown" or cell.source.startswith(HEADING):
+            if cell.cell_type != "markdown":
                 continue
             for part in re.split(r"(?m)^(?=## )", cell.source):
                 heading = re.match(r"## (\d+)\.", part)
@@ -133,7 +144,7 @@ def section(row: Row) -> str | None:
 
 
 def line(row: Row) -> str:
-    """One row in Markdown, with links from the folder of notebook 00."""
+    """One row in Markdown, with links from the notebooks' folder."""
     module, _, name = row.code.rpartition(".")
     folder, tests, test = row.test.split(".")
     where, again = section(row), f" (again {row.again})" if row.again else ""
@@ -144,10 +155,10 @@ def line(row: Row) -> str:
             f"| [`{tests}`](../tests/{folder}/test_{tests}.py) `{test.removeprefix('test_').replace('_', ' ')}` |")
 
 
-def map_table() -> str:
-    """The map as it stands in notebook 00."""
+def map_page() -> str:
+    """The text of PAPER_MAP.md."""
     head = ["| paper | what | explained in | code | held by the test |", "| --- | --- | --- | --- | --- |"]
-    return "\n".join(head + [line(row) for row in ROWS])
+    return INTRODUCTION + "\n".join(head + [line(row) for row in ROWS]) + "\n" + LAST_WORDS
 
 
 def reading_minutes(path: Path) -> dict[str, int]:
@@ -181,16 +192,16 @@ def plan_table() -> str:
     return "\n".join(lines)
 
 
-def table_cell(notebook: nbformat.NotebookNode, heading: str = HEADING) -> nbformat.NotebookNode:
-    """The cell of notebook 00 that begins with a heading and holds a table."""
-    return next(cell for cell in notebook.cells if cell.source.startswith(heading))
+def plan_cell(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The cell of notebook 00 that holds the plan."""
+    return next(cell for cell in notebook.cells if cell.source.startswith(PLAN_HEADING))
 
 
 def main() -> None:
+    MAP.write_text(map_page(), encoding="utf-8")
     notebook = nbformat.read(START, as_version=4)
-    for heading, table in ((HEADING, map_table()), (PLAN_HEADING, plan_table())):
-        cell = table_cell(notebook, heading)
-        cell.source = re.sub(r"(?m)(?:^\|.*\n?)+", lambda _: table + "\n", cell.source, count=1)
+    cell = plan_cell(notebook)
+    cell.source = re.sub(r"(?m)(?:^\|.*\n?)+", lambda _: plan_table() + "\n", cell.source, count=1)
     nbformat.write(notebook, START)
 
 

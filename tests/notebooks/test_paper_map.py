@@ -1,4 +1,4 @@
-"""The map and the plan of notebook 00 are generated; what their rows name must exist, and the stated times are measured."""
+"""PAPER_MAP.md and the plan of notebook 00 are generated; what their rows name must exist, and the stated times are measured."""
 
 import importlib
 import re
@@ -34,13 +34,12 @@ def test_every_equation_and_table_of_the_paper_has_a_row():
     assert equations == set(range(1, 25)) and tables == set(range(1, 9))
 
 
-def test_the_notebook_shows_this_map():
-    cell = paper_map.table_cell(nbformat.read(paper_map.START, as_version=4))
-    assert paper_map.map_table() in cell.source, "run python notebooks/paper_map.py"
+def test_the_page_shows_this_map():
+    assert paper_map.MAP.read_text(encoding="utf-8") == paper_map.map_page(), "run python notebooks/paper_map.py"
 
 
 def test_the_plan_lists_every_notebook_with_the_times_of_its_box():
-    source = paper_map.table_cell(nbformat.read(paper_map.START, as_version=4), paper_map.PLAN_HEADING).source
+    source = paper_map.plan_cell(nbformat.read(paper_map.START, as_version=4)).source
     assert paper_map.plan_table() in source, "run python notebooks/paper_map.py"
     rows = re.findall(r"(?m)^\| \[(\w+)\]\(.*\) \| .* \| (\d+|-) \| (\d+|-) \|$", source)
     assert [number for number, *_ in rows] == list(paper_map.NOTEBOOKS)
