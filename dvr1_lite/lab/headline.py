@@ -10,9 +10,11 @@ from matplotlib.figure import Figure
 
 from .plotting import STYLE
 from .stats import seed_summary
-from .tables import CELL_SUCCESS, EXPERIMENTS, ROBUST, VARIANTS
+from .tables import CELL_SUCCESS, EXPERIMENTS, LEARNING_RATES, ROBUST, VARIANTS
 
 NEAR = 0.03  # accuracy: cells within three points of the best one count as good
+ROBUST_LOOKS = {"GRPO": {"color": "#332288"}, "GRPO, clip 0.2": {"color": "#88CCEE"},
+                "GSPO": {"color": "#117733", "linestyle": "--"}, "Reg-GRPO, eps 0.1": {"color": "#CC6677"}}
 VARIANT_COLOURS = dict(zip(VARIANTS, ("#555555", "#BBBBBB", "#CC6677", "#DDCC77", "#88CCEE", "#117733")))
 
 
@@ -81,44 +83,70 @@ def cell_figure(results: Path) -> Figure:
     return figure
 
 
-def robust_table(results: Path) -> pd.DataFrame:
-    r"""Summarise `robust`: for each method, over its settings (inner updates x learning rate), the worst and the median
-    accuracy at temperature 1 and the share of settings within three points of its best; mean and interval over seeds.
+def robust_grids(results: Path) -> dict[str, dict[int, dict[tuple[int, float], float]]]:
+    r"""Return method -> seed -> (inner updates, learning rate) -> accuracy at temperature 1, the mean of the splits."""
+    grids = {method: {} for method in ROBUST}
+    for row, runs in _runs(results, "robust").items():
+        method, inner, rate = row.split("; ")
+        setting = int(inner.split()[0]), float(rate.split()[-1])
+        for seed, run in runs.items():
+            found = np.mean([cell["accuracy"] for cell in run["sampled"].values()])
+            grids[method].setdefault(seed, {})[setting] = float(found)
+    return grids
 
-    Only seeds with all settings of a method count.
-    """
-    runs, lines = _runs(results, "robust"), []
+
+def robust_table(results: Path) -> pd.DataFrame:
+    r"""Summarise `robust`: for each method, over its settings, the worst and the median accuracy at temperature 1 and
+    the share of settings within three points of its best: mean and 95 % interval over seeds, and the same of the paired
+    difference from GRPO (`over GRPO`, `over GRPO ci`). Only seeds with all settings of a method count."""
     settings = len(EXPERIMENTS["robust"].rows) // len(ROBUST)
-    for method in ROBUST:
-        mine = {row: found for row, found in runs.items() if row.split(";")[0] == method}
-        seeds = set.intersection(*(set(found) for found in mine.values())) if len(mine) == settings else set()
-        grids = [[np.mean([cell["accuracy"] for cell in found[seed]["sampled"].values()]) for found in mine.values()]
-                 for seed in sorted(seeds)]
-        if grids:
-            figures = {"worst": [min(grid) for grid in grids], "median": [float(np.median(grid)) for grid in grids],
-                       "near the best": [float(np.mean([max(grid) - x <= NEAR for x in grid])) for grid in grids]}
-            lines += [{"method": method, "figure": name, **seed_summary(values)} for name, values in figures.items()]
+    values, lines = {}, []
+    for method, seeds in robust_grids(results).items():
+        for seed, grid in seeds.items():
+            if len(grid) == settings:
+                found = np.array(list(grid.values()))
+                values[method, seed] = {"worst": found.min(), "median": np.median(found),
+                                        "near the best": np.mean(found.max() - found <= NEAR)}
+    for method in dict.fromkeys(method for method, _ in values):
+        seeds = [seed for other, seed in values if other == method]
+        for name in ("worst", "median", "near the best"):
+            gaps = [values[method, s][name] - values["GRPO", s][name] for s in seeds if ("GRPO", s) in values]
+            gap = seed_summary(gaps) if gaps else {"mean": None, "ci": None}
+            lines.append({"method": method, "figure": name, **seed_summary([values[method, s][name] for s in seeds]),
+                          "over GRPO": gap["mean"], "over GRPO ci": gap["ci"]})
     return pd.DataFrame(lines)
 
 
 def robust_figure(results: Path) -> Figure:
-    r"""Draw accuracy at temperature 1 against the learning rate, a panel for each number of inner updates."""
-    runs = _runs(results, "robust")
-    looks = dict(zip(ROBUST, (("#332288", "-"), ("#88CCEE", "-"), ("#44AA99", "-"), ("#117733", "-"), ("#CC6677", "-"),
-                              ("#CC6677", "--"), ("#AA4499", "-"))))
+    r"""Draw accuracy at temperature 1 against the learning rate for four methods, a panel for each number of inner
+    updates; at the right the worst setting of all seven methods. Bars: 95 % intervals over seeds."""
+    grids, table = robust_grids(results), robust_table(results)
+    worst = table[table["figure"] == "worst"].to_dict("records")
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.2), sharey=True)
-        for name, (colour, dash) in looks.items():
-            for axes, inner in zip(panels, (1, 4, 16)):
-                found = {float(row.split("rate ")[1]): [np.mean([cell["accuracy"] for cell in run["sampled"].values()])
-                                                        for run in seeds.values()]
-                         for row, seeds in runs.items() if row.startswith(f"{name}; {inner} updates")}
-                axes.plot(list(found), [100 * np.mean(values) for values in found.values()], dash, marker="o",
-                          markersize=4, color=colour, label=name)
-                axes.set(xscale="log", title=f"inner updates: {inner}", xlabel="learning rate")
-                axes.set_xticks(list(found), [f"{rate:g}" for rate in found])
-                axes.minorticks_off()
+        figure, panels = plt.subplots(1, 4, figsize=(12, 3.2), width_ratios=(1, 1, 1, 1.3))
+        for axes, inner in zip(panels, (1, 4, 16)):
+            for place, (name, look) in enumerate(ROBUST_LOOKS.items()):
+                seeds = list(grids[name].values())
+                found = [(rate, seed_summary([100 * grid[inner, rate] for grid in seeds]))
+                         for rate in LEARNING_RATES if seeds and all((inner, rate) in grid for grid in seeds)]
+                axes.errorbar([rate * 1.06 ** (place - 1.5) for rate, _ in found],  # shifted, so that all bars are seen
+                              [one["mean"] for _, one in found], [_half(one["ci"]) for _, one in found],
+                              marker="o", markersize=4, linewidth=1.5, label=name, **look)
+            axes.set(xscale="log", title=f"inner updates: {inner}", xlabel="learning rate", ylim=(0, 100))
+            axes.set_xticks(LEARNING_RATES, [f"{rate:g}" for rate in LEARNING_RATES])
+            axes.minorticks_off()
+        for place, line in enumerate(worst):
+            colour = ROBUST_LOOKS.get(line["method"], {"color": "#777777"})["color"]
+            panels[3].errorbar(100 * line["mean"], place, xerr=100 * _half(line["ci"]), fmt="o", color=colour)
         panels[0].set_ylabel("accuracy in %, temperature 1")
-        panels[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, handlelength=2.5)
+        panels[0].legend(loc="lower left", fontsize=8, handlelength=2.5)
+        panels[3].set_yticks(range(len(worst)), [line["method"] for line in worst], fontsize=8.5)
+        panels[3].set(title="worst of nine settings", xlabel="accuracy in %, temperature 1", xlim=(0, 100),
+                      ylim=(len(ROBUST) - 0.5, -0.5))
+        panels[3].grid(axis="y", visible=False)
         figure.suptitle("When Reg-GRPO differs from GRPO: how much the setting matters", fontsize=10)
     return figure
+
+
+def _half(interval: list[float] | None) -> float:
+    return (interval[1] - interval[0]) / 2 if interval else 0.0

@@ -47,4 +47,23 @@ def test_robustness_is_the_worst_the_median_and_the_share_near_the_best(tmp_path
     table = headline.robust_table(tmp_path).set_index("figure")
     assert set(table["method"]) == {"GRPO"} and table.loc["worst", "mean"] == 0.1
     assert table.loc["median", "mean"] == 0.75 and table.loc["near the best", "mean"] == pytest.approx(4 / 9)
-    assert len(headline.robust_figure(tmp_path).axes) == 3
+
+
+def test_a_method_is_compared_with_grpo_seed_by_seed_and_its_worst_setting_has_an_interval(tmp_path):
+    worst = {"GRPO": (0.1, 0.2, 0.3), "GSPO": (0.4, 0.6, 0.5)}  # of seeds 0 to 2; differences 0.3, 0.4, 0.2
+    runs = {}
+    for row in EXPERIMENTS["robust"].rows:
+        method, inner, rate = row.name.split("; ")
+        for seed in range(3) if method in worst else ():
+            value = worst[method][seed] if (inner, rate) == ("16 updates", "learning rate 0.001") else 0.7
+            runs[row.name, seed] = {"sampled": {"L1": {"accuracy": value - 0.1}, "L2": {"accuracy": value + 0.1}}}
+    record(tmp_path, "robust", runs)
+    table = headline.robust_table(tmp_path).set_index(["method", "figure"])
+    found = table.loc["GSPO", "worst"]
+    assert found["mean"] == pytest.approx(0.5) and found["over GRPO"] == pytest.approx(0.3)
+    reach = 4.302653 * 0.1 / 3 ** 0.5  # t(0.975, 2) times the standard error
+    assert found["over GRPO ci"] == pytest.approx([0.3 - reach, 0.3 + reach])
+    assert table.loc["GRPO", "median"]["mean"] == pytest.approx(0.7)
+    figure = headline.robust_figure(tmp_path)
+    ends = [line.get_xdata()[0] for line in figure.axes[3].lines]
+    assert ends == pytest.approx([20, 50]) and len(figure.axes[2].containers) == 4
