@@ -13,6 +13,7 @@ if sys.version_info < (3, 11):  # before anything that an older Python cannot im
 
 import argparse
 import difflib
+import itertools
 import json
 import os
 import re
@@ -85,19 +86,16 @@ def _prepare(config, named_reward: str | None) -> tuple:
     from .files import resolve
     from .loading import quiet_libraries
     from .own_reward import reward_for
-    from .scale.check import print_notes
+    from .scale.check import print_notes, shared_clips
     from .scale.datasets import read_any
     from .scale.memory import check_machine
-    from .words import plural
 
     check_machine(config)
     records = read_any(resolve(config.train_file), config.data_root)
     evaluations = {name: read_any(resolve(path), config.data_root) for name, path in config.eval_paths().items()}
     for name, asked in evaluations.items():
-        shared = {record.clip for record in records if record.clip} & {record.clip for record in asked}
-        if shared:
-            print(f"note: {name} shares {plural(len(shared), 'clip')} with the training file, such as {min(shared)}: "
-                  f"split by clip, or the accuracy means little", file=sys.stderr)
+        for sentence in shared_clips({name: asked, "the training file": records}):
+            print(f"note: {sentence}", file=sys.stderr)
     scoring = reward_for(config.reward, named_reward, config.reward_errors, records)
     quiet_libraries()
     threads = set_threads(config.threads, config)
@@ -148,8 +146,11 @@ def _train_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_training(arguments: Sequence[str]) -> tuple[str | None, str | None, dict]:
-    r"""Parse (config file, folder to resume, overrides) of the train command; every config field is an option."""
+def parse_training(arguments: Sequence[str], others: Sequence[str] = ()) -> tuple[str | None, str | None, dict]:
+    r"""Parse (config file, folder to resume, overrides) of the train command; every config field is an option.
+
+    others: names of options that the calling command has besides, for near matches of unknown ones.
+    """
     from .config import card_settings, check_keys, read_yaml
     from .loading import has_bfloat16
 
@@ -157,7 +158,7 @@ def parse_training(arguments: Sequence[str]) -> tuple[str | None, str | None, di
     parsed, unknown = parser.parse_known_args(
         arguments, argparse.Namespace(**{action.dest: unset for action in parser._actions if action.dest != "help"}))
     for word in unknown:
-        check_keys([word.lstrip("-").partition("=")[0].replace("-", "_")], extra=("config", "resume", "card"))
+        check_keys([word.lstrip("-").partition("=")[0].replace("-", "_")], extra=("config", "resume", "card", *others))
     given = {name: value for name, value in vars(parsed).items() if value is not unset}
     if "card" in given:
         file = {} if given.get("config") is None else read_yaml(given["config"])
@@ -249,8 +250,9 @@ def _evaluate_options(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    parser.add_argument("--data", required=required, metavar="FILE", help="Records: JSONL, JSON or CSV.")
+def _add_data_options(parser: argparse.ArgumentParser, **changes) -> None:
+    options = {"required": True, "metavar": "FILE", "help": "Records: JSONL, JSON or CSV."} | changes
+    parser.add_argument("--data", **options)
     parser.add_argument("--data-root", "--root", metavar="DIR", help="Folder that clip paths start from; none: the "
                         "file's own.")
 
@@ -444,12 +446,12 @@ def check_command(arguments: Sequence[str]) -> int:
     from .config import load_config
     from .files import make_folder, resolve
     from .lab import plotting
-    from .scale.check import check_records, examples, format_report, print_notes, show_record
+    from .scale.check import check_records, examples, format_report, print_notes, shared_clips, show_record
     from .scale.datasets import SOURCES, read_any
 
     parser = Parser(check_command)
     parser.epilog = "Formats and where their data come from: " + "; ".join(f"{k}: {v}" for k, v in SOURCES.items())
-    _add_data_options(parser)
+    _add_data_options(parser, nargs="+", help="Records: JSONL, JSON or CSV; of several files, shared clips are named.")
     parser.add_argument("--spans", metavar="FILE", help="NExT-GQA's spans; none: gsub_NAME.json beside the CSV.")
     parser.add_argument("--config", metavar="FILE.yaml", help="Training config, for its model, frames and size; none: "
                         "the defaults.")
@@ -461,20 +463,25 @@ def check_command(arguments: Sequence[str]) -> int:
     if options.limit < 0:
         raise ConfigError(f"--limit is {options.limit}: give 0 or more")
     config = load_config(options.config, {} if options.num_frames is None else {"num_frames": options.num_frames})
-    errors = []
-    records = read_any(resolve(options.data), options.data_root, spans=options.spans, errors=errors)
-    chosen = records[::-(-len(records) // options.limit)] if options.limit else records
-    report = check_records(chosen, config.num_frames, config.frame_size, decode=not options.fast, errors=errors)
-    print(format_report(report))
-    print_notes(chosen, config)
-    for number, (record, frames) in enumerate(examples(chosen, config.num_frames, config.frame_size), 1):
-        print(f"\n{show_record(record)}")
-        if options.out is not None:
-            make_folder(options.out)
-            path = Path(options.out) / f"record_{number}.png"
-            plotting.save(plotting.frame_strip(frames, record.question[:100], record.answer_in_words), path)
-            print(f"frames:   {path}")
-    return 0 if report.ok else 1
+    files, sound, numbers = {}, True, itertools.count(1)
+    for file in options.data:
+        errors = []
+        records = files[file] = read_any(resolve(file), options.data_root, spans=options.spans, errors=errors)
+        chosen = records[::-(-len(records) // options.limit)] if options.limit else records
+        report = check_records(chosen, config.num_frames, config.frame_size, decode=not options.fast, errors=errors)
+        sound = sound and report.ok
+        print("\n" * (len(files) > 1) + f"{file}: " * (len(options.data) > 1) + format_report(report))
+        print_notes(chosen, config)
+        for (record, frames), number in zip(examples(chosen, config.num_frames, config.frame_size), numbers):
+            print(f"\n{show_record(record)}")
+            if options.out is not None:
+                make_folder(options.out)
+                path = Path(options.out) / f"record_{number}.png"
+                plotting.save(plotting.frame_strip(frames, record.question[:100], record.answer_in_words), path)
+                print(f"frames:   {path}")
+    for sentence in shared_clips(files):
+        print(f"\nnote: {sentence}")
+    return 0 if sound else 1
 
 
 def reward_command(arguments: Sequence[str]) -> int:
@@ -498,6 +505,7 @@ def pilot_command(arguments: Sequence[str]) -> int:
     from .evaluation import limited
     from .files import make_folder, write_atomically
     from .lab.variants import trainer_class
+    from .run import config_of
     from .scale.pilot import pilot, recommended, report, write_config
 
     parser = Parser(pilot_command)
@@ -506,23 +514,28 @@ def pilot_command(arguments: Sequence[str]) -> int:
                         "none: the config's train_file.")
     parser.add_argument("--prompts", type=int, default=50, help="Records to draw, the same in every pilot.")
     parser.add_argument("--completions", type=int, default=8, help="Completions of each.")
+    parser.add_argument("--adapter", metavar="DIR", help="A run's folder or its adapter, to see whether more training "
+                        "pays; --config is then the run's unless given.")
     parser.add_argument("--write-config", type=Path, metavar="FILE.yaml", help="Measure with the recommended settings, "
                         "and write a config with them for train.")
     parser.add_argument("--out", type=Path, metavar="DIR", help="Where pilot.json goes.")
     options, rest = parser.parse_known_args(arguments)
-    file, resume, given = parse_training(rest)
+    file, resume, given = parse_training(rest, [action.dest for action in parser._actions])
+    if options.adapter and options.write_config:
+        raise ConfigError("a training cannot start from an adapter: merge it (python -m dvr1_lite merge), then give the "
+                          "merged folder as --model in place of --adapter")
     if resume is not None or (options.write_config and options.write_config.exists()):
         raise ConfigError("leave --resume to train" if resume else f"{options.write_config} exists: give another name")
     if options.write_config and not options.write_config.resolve().parent.is_dir():
         raise ConfigError(f"{options.write_config} cannot be written: make its folder first")
     if options.data is not None:
         given = {"data_root": None, "eval_files": []} | given | {"train_file": options.data}
-    config, advice = load_config(file, given), {}
+    config, advice = load_config(file or config_of(options.adapter), given), {}
     if options.write_config:
         config, advice = recommended(config)
     records, evaluations, scoring = _prepare(config, given.get("reward"))
     found = pilot(config, records, prompts=options.prompts, completions=options.completions,
-                  trainer=trainer_class(config), scoring=scoring, progress=True,
+                  trainer=trainer_class(config), scoring=scoring, adapter=options.adapter, progress=True,
                   questions=sum(len(limited(asked, config.eval_limit)) for asked in evaluations.values()))
     print(report(found))
     if options.out is not None:
@@ -571,7 +584,8 @@ def memory_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--no-image", action="store_true", help="No record has a picture besides its clip.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where the prediction goes as JSON.")
     options, rest = parser.parse_known_args(arguments)
-    file, _, given = parse_training(rest if options.card is None else [*rest, "--card", str(options.card)])
+    file, _, given = parse_training(rest if options.card is None else [*rest, "--card", str(options.card)],
+                                    [action.dest for action in parser._actions])
     config = load_config(file, given)
     if options.available is not None and options.available <= 0:
         raise ConfigError(f"--available is {options.available}: give a number of GB above 0")

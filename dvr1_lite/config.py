@@ -74,7 +74,8 @@ class DataConfig:
 class VideoConfig:
     r"""How clips and pictures are read."""
 
-    num_frames: int = setting(8, "Frames sampled from a clip, evenly in time.", "frames", "at most 16", at_least=1)
+    num_frames: int = setting(8, "Frames sampled from a clip, evenly in time; of an odd number the last is shown "
+                              "twice, for the models read frames in pairs.", "frames", "at most 16", at_least=1)
     frame_size: int = setting(56, "Height and width that frames are resized to.", "pixels", "252", at_least=1)
     decode_timeout: float = setting(60.0, "A clip whose decoding takes longer is skipped and counted as broken.",
                                     "seconds", "does not apply", above=0)

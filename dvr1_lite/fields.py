@@ -133,10 +133,9 @@ def read_rows(path: Path, root: Path | str | None, models: Sequence[type[BaseMod
     root: folder that clip paths start from; None takes the file's own. errors: a list that collects the errors of
     single rows, which are then left out; None raises the first. rows: (place, row) pairs; None reads `path` as JSON.
     """
-    root = path.parent if root is None else Path(root)
-    if not root.is_dir():
+    if root is not None and not Path(root).is_dir():
         raise RecordError(f"{root}: no such data root; give the folder that the clips' paths start from")
-    records, found, model = [], 0, None
+    root, records, found, model = Path(root or path.parent), [], 0, None
     for found, (where, value) in enumerate(json_rows(path) if rows is None else rows, 1):
         try:
             row = parse_json(value, where) if isinstance(value, str) else value
@@ -195,7 +194,8 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def read_text(path: Path) -> str:
     r"""Return a whole UTF-8 text file. Raises RecordError if it is missing, too large or not UTF-8."""
     if not path.is_file():  # a pipe or a device would block
-        raise RecordError(f"{path}: no such file; check the path")
+        raise RecordError(f"{path.absolute()}: no such file; check the path (a relative one starts from the current "
+                          f"folder)")
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)

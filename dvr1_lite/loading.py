@@ -241,10 +241,12 @@ def _load_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
                          f"first with `python -m dvr1_lite train`")
     if (folder / "model.safetensors").is_file() and not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder} holds a whole model, not an adapter: give it as --model")
+    newest = max([*folder.glob("step_*"), *folder.glob("checkpoints/step_*")], default=None)  # a run that was killed
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
-            raise ModelError(f"adapter folder {folder} has no {name}: give a folder that training wrote, in peft's "
-                             f"format with safetensors")
+            raise ModelError(f"adapter folder {folder} has no {name}: " + (
+                f"give the newest checkpoint, {newest}, or resume the run first" if newest else
+                "give a folder that training wrote, in peft's format with safetensors"))
     try:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except Exception as error:  # torch, peft and safetensors each have their own

@@ -90,6 +90,8 @@ class OwnReward:
                 value, error = checked(self.function(record, text))
             except (Exception, SystemExit) as problem:
                 error = f"it raised {describe(problem)}"
+                if isinstance(problem, (AttributeError, TypeError)):
+                    error += "; its arguments are (record, completion), a Record and a text, in this order"
         return OwnScore(**asdict(built_in) | {"total": built_in.format + value, "maximum": 2.0, "task": value,
                                               "error": error})
 
@@ -157,7 +159,8 @@ def load_reward(name: str, errors: str = "stop") -> OwnReward:
         raise ConfigError(f"reward {name}: {file} has no function {function_name}; it has "
                           f"{', '.join(known) or 'none'}")
     try:
-        inspect.signature(function).bind("record", "completion")
+        if inspect.signature(function).bind("record", "completion").arguments.get("completion") == "record":
+            raise TypeError("the arguments are swapped")
     except TypeError as error:
         raise ConfigError(f"reward {name}: it takes {inspect.signature(function)}; define it as def "
                           f"{function_name}(record, completion)") from error
@@ -174,7 +177,7 @@ def reward_for(config_name: str, named: str | None, errors: str, records: Sequen
         return None
     if not named:
         raise ConfigError(f"the config file asks for the reward {config_name}, which is code: read it, then name it on "
-                          f"the command line too, --reward {config_name} (or --reward \"\" for the built-in rewards)")
+                          f"the command line too, --reward {config_name}")
     loaded = load_reward(named, errors)
     for record in records[:1]:
         error = loaded.try_on(record, trial_completions(record, records)["correct"]).error

@@ -126,15 +126,18 @@ def policy_config(options: Any, overrides: Mapping[str, Any] | None = None) -> T
     options: has `config`, `adapter`, `model` and `device`, each None if not given. A reward that the config names is
     not loaded. Raises `ConfigError`.
     """
-    file = options.config
-    if file is None and options.adapter is not None:
-        adapter = Path(options.adapter).resolve()
-        above = [folder / "config.yaml" for folder in [adapter, *adapter.parents][:4]]
-        file = next((path for path in above if path.is_file()), None)
-    elif file is None and options.model is not None and (resolve(options.model) / RUN_CONFIG).is_file():
-        file = resolve(options.model) / RUN_CONFIG
+    file = options.config or config_of(options.adapter, options.model)
     given = {name: getattr(options, name) for name in ("model", "device") if getattr(options, name) is not None}
     return load_config(file, given | {name: value for name, value in (overrides or {}).items() if value is not None})
+
+
+def config_of(adapter: str | None, model: str | None = None) -> Path | None:
+    r"""Find the config of the run that an adapter, or a model that `merge` wrote, is from; None if there is none."""
+    places = [resolve(model) / RUN_CONFIG] if model else []
+    if adapter is not None:
+        folder = Path(adapter).resolve()
+        places = [above / "config.yaml" for above in [folder, *folder.parents][:4]]
+    return next((path for path in places if path.is_file()), None)
 
 
 def check_folder(config: TrainConfig, out: Path, resume: bool, scoring: OwnReward | None = None) -> None:

@@ -40,15 +40,6 @@ def use_style() -> None:
     plt.rcParams.update(STYLE)
 
 
-def method_look(name: str) -> dict:
-    r"""Return colour and dash of a method's line; "reg-grpo + DA" (any "+ ..." suffix) keeps the colour and is dashed.
-
-    Raises KeyError for a method without a colour.
-    """
-    method, _, suffix = (part.strip() for part in name.lower().partition("+"))
-    return {"color": METHOD_COLOURS[method], "linestyle": "--" if suffix else "-"}
-
-
 def smooth(values: Sequence[float], window: int) -> np.ndarray:
     r"""Return the mean of each value and the `window` - 1 before it (fewer at the start); the same length."""
     counts = np.minimum(np.arange(1, len(values) + 1), window)

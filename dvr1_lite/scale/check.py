@@ -3,11 +3,12 @@ their clip, and how much smaller the frames get. One clip is open at a time, and
 """
 
 import contextlib
+import itertools
 import os
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -136,7 +137,8 @@ def format_report(report: Report, examples: int = 10) -> str:
                 "undecodable files": report.undecodable, "spans without a second in their clip": report.span_errors,
                 "spans that reach out of their clip (kept as annotated)": report.spans_outside}
     for title, found in problems.items():
-        lines.append(f"{title}: {len(found)}")
+        names, messages = map(set, zip(*found)) if found and title.endswith("files") else ((), found)
+        lines.append(f"{title}: {len(messages)}" + (f", used by {plural(len(names), 'record')}" if names else ""))
         found = _joined(found)
         lines += [f"  {name}: {message}" if name else f"  {message}" for name, message in found[:examples]]
         lines += [f"  and {len(found) - examples} more"] * (len(found) > examples)
@@ -177,6 +179,14 @@ def _joined(problems: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         lines[(match[1], match[3]) if match else (name, message)].append(int(match[2]) if match else 0)
     return [(name, rest) if numbers[0] == 0 else ("", f"{name[:-1]}{'s' * (len(numbers) > 1)} {ranges(numbers)}{rest}")
             for (name, rest), numbers in lines.items()]
+
+
+def shared_clips(files: Mapping[str, Sequence[Record]]) -> list[str]:
+    r"""Return a sentence for each two of these files, by name, with questions about one clip."""
+    clips = {name: {record.clip.resolve() for record in records if record.clip} for name, records in files.items()}
+    return [f"{first} and {second} share {plural(len(both), 'clip')}, such as {min(both)}: split by clip, or the "
+            f"accuracy means little" for first, second in itertools.combinations(clips, 2)
+            if (both := clips[first] & clips[second])]
 
 
 def print_notes(records: Sequence[Record], config: TrainConfig, tokenizer=None) -> None:

@@ -21,7 +21,7 @@ from ..advantages import vanish_probability
 from ..config import CONFIGS, TrainConfig, to_yaml
 from ..data import Record
 from ..errors import ClipError, ConfigError
-from ..evaluation import controls, limited, mean_interval, share_interval
+from ..evaluation import controls, limited, mean_interval
 from ..files import write_atomically
 from ..own_reward import OwnReward, OwnScore
 from ..policy import encode_record
@@ -36,6 +36,7 @@ LARGE = 100e6  # parameters from which the values for large models apply
 # The thresholds of the verdict, as shares; judgements, not measurements: below them a run spends most of its time on
 # groups from which nothing is learned.
 TRUNCATED, FORMAT, SUCCESS, SPREAD = 0.25, 0.5, 0.05, 0.2
+DECIDING = ("truncated", "format", "success", "spread", "unsolved")  # the shares that rules look at
 
 
 # --- the verdict -----------------------------------------------------------------------------------------------------
@@ -43,41 +44,47 @@ TRUNCATED, FORMAT, SUCCESS, SPREAD = 0.25, 0.5, 0.05, 0.2
 
 @dataclass(frozen=True)
 class Rule:
-    r"""A verdict, when it applies (in words and as a function of what was found), and what to do then."""
+    r"""A verdict, when it applies (in words and as a function of the deciding shares), and what to do then."""
 
     verdict: str
     when: str
-    applies: Callable[[Mapping], bool]
+    applies: Callable[[Mapping[str, float]], bool]
     advice: str
 
 
 FEW = f"fewer than {100 * SPREAD:.0f} % of the groups have different rewards, and"
 RULES = (  # the first that applies is the verdict
     Rule("fix the prompt or format first", f"more than {100 * TRUNCATED:.0f} % of the completions reach max_new_tokens",
-         lambda found: found["truncated"] > TRUNCATED,
+         lambda share: share["truncated"] > TRUNCATED,
          "raise --max-new-tokens, or ask for shorter reasoning in --instruction"),
     Rule("fix the prompt or format first", f"fewer than {100 * FORMAT:.0f} % of the completions are well formed",
-         lambda found: found["format"]["rate"] < FORMAT,
+         lambda share: share["format"] < FORMAT,
          "describe the form <think>...</think><answer>...</answer> in --instruction; if that is not enough, fine-tune "
          "the model on a few hundred examples of the form (SFT)"),
-    Rule("SFT first", f"nothing succeeds, or the success rate is below {100 * SUCCESS:.0f} % with all of its interval",
-         lambda found: not found["success"]["rate"] or found["success"]["ci95"][1] < SUCCESS,
+    Rule("SFT first", f"fewer than {100 * SUCCESS:.0f} % of the completions succeed",
+         lambda share: share["success"] < SUCCESS,
          "fine-tune the model on solved examples, or ask questions that it can sometimes answer"),
     Rule("use easier questions", f"{FEW} more of the others are all incorrect than all correct",
-         lambda found: found["spread"] < SPREAD and found["all_incorrect"] > found["all_correct"],
+         lambda share: share["spread"] < SPREAD and share["unsolved"] > 0,
          "give options, divide the questions into parts, or raise --group-size"),
     Rule("use harder questions", f"{FEW} at least as many of the others are all correct as all incorrect",
-         lambda found: found["spread"] < SPREAD,
+         lambda share: share["spread"] < SPREAD,
          "leave out the questions that every completion answers, or ask them without options"),
     Rule("train", f"at least {100 * SPREAD:.0f} % of the groups have different rewards, and no other rule applies",
-         lambda found: True, "python -m dvr1_lite train with this config"))
+         lambda share: True, "python -m dvr1_lite train with this config"))
 NO_VIDEO = ("the answers do not measurably depend on the video (the interval with another clip holds 0): look whether "
             "your questions can be answered without it")
+GUESSED = ("the success is not measurably above that of guessing an option: look whether the frames show what you ask "
+           "(check --out DIR)")
+MERGE_FIRST = "add the adapter to the model (python -m dvr1_lite merge), then train with --model and the merged folder"
 
 
-def judge(found: Mapping) -> Rule:
-    r"""Return the first rule that applies to what a pilot found."""
-    return next(rule for rule in RULES if rule.applies(found))
+def judge(found: Mapping) -> list[Rule]:
+    r"""Return the first rule that applies to the measured shares, then those that apply with one share at an end of its
+    95 % interval; if their verdicts differ, the pilot was too small to decide."""
+    measured = {name: found[name]["rate"] for name in DECIDING}
+    moved = [measured | {name: end} for name in DECIDING for end in found[name]["ci95"]]
+    return list(dict.fromkeys(next(rule for rule in RULES if rule.applies(share)) for share in [measured, *moved]))
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
@@ -128,18 +135,25 @@ def ask(trainer: Trainer, name: str, records: Sequence[Record], size: int, shown
 
 def pilot(config: TrainConfig, records: Sequence[Record], *, prompts: int = 50, completions: int = 8,
           trainer: type[Trainer] = Trainer, scoring: OwnReward | None = None, questions: int = 0,
-          progress: bool = False) -> dict:
+          adapter: str | None = None, progress: bool = False) -> dict:
     r"""Measure what a training with this config would meet, and judge it by `RULES`; return JSON values.
 
     prompts: how many records are drawn. completions: of each. trainer: the class that makes the measured step.
-    questions: of all evaluations, for the hours. Intervals are at 95 %, clustered by clip. Raises `UserError`.
+    questions: of all evaluations, for the hours. adapter: the folder of trained ones; None: new ones, which change
+    nothing. Intervals are at 95 %, clustered by clip. Raises `UserError`.
     """
+    def timed_reward(*arguments):
+        with made.timed("reward"):
+            return scoring(*arguments)
+
     if prompts < 1 or completions < 2:
         raise ConfigError(f"a pilot of {prompts} prompts with {completions} completions: give at least 1 and 2")
-    made = trainer(config, records, load_policy(config), scoring)
+    made = trainer(config, records, load_policy(config, adapter), timed_reward if scoring else None)
     groups, broken = ask(made, "completions", limited(records, prompts), completions, progress=progress)
-    found = {"model": config.model, "data": config.train_file, "prompts": len(groups), "broken": broken,
-             "completions": completions, "group_size": config.group_size, "video": {}}
+    found = {"model": config.model, "adapter": adapter, "data": config.train_file, "records": len(records),
+             "prompts": len(groups), "broken": broken, "completions": completions, "video": {},
+             "reward": scoring.name if scoring else "",
+             **{name: getattr(config, name) for name in ("group_size", "steps", "prompts_per_step")}}
     found |= describe(groups, config.group_size)
     filmed = [group for group in groups if group.record.clip is not None]
     asked = [group.record for group in filmed]
@@ -148,9 +162,13 @@ def pilot(config: TrainConfig, records: Sequence[Record], *, prompts: int = 50, 
         found["video"][name] = compare(filmed, changed)
     found["seconds"] = dict(made.seconds)
     found |= measure_step(made, groups, questions)
-    rule, another = judge(found), found["video"].get("another clip")
-    blind = another is not None and another["ci95"][0] <= 0 and found["success"]["ci95"][0] > 0
-    return found | {"notes": [NO_VIDEO] * blind, "verdict": rule.verdict, "rule": rule.when, "advice": rule.advice}
+    rules, another, least = judge(found), found["video"].get("another clip"), found["success"]["ci95"][0]
+    chosen = found["guessing"]["n"] == len(groups) and not scoring
+    notes = {NO_VIDEO: another is not None and another["ci95"][0] <= 0 < least,
+             GUESSED: chosen and least <= found["guessing"]["rate"]}
+    advice = MERGE_FIRST if adapter and rules[0] is RULES[-1] else rules[0].advice
+    return found | {"notes": [note for note, holds in notes.items() if holds], "advice": advice, "rule": rules[0].when,
+                    "verdict": rules[0].verdict, "possible": list(dict.fromkeys(rule.verdict for rule in rules))}
 
 
 def measure_step(trainer: Trainer, groups: Sequence[Group], questions: int) -> dict:
@@ -159,7 +177,8 @@ def measure_step(trainer: Trainer, groups: Sequence[Group], questions: int) -> d
     The reward history is filled with the pilot's groups first, so that the step augments as one within the run does.
     """
     config, answered = trainer.config, sum(len(group.texts) for group in groups)
-    answer = trainer.seconds["completions"] / answered  # seconds of one
+    reward = trainer.seconds.get("reward", 0.0) / trainer.rollouts  # seconds of one completion
+    answer = trainer.seconds["completions"] / answered + reward
     for group in itertools.islice(itertools.cycle(groups), config.history_window):
         trainer.history.push(group.mean)
     step = trainer.step()
@@ -168,7 +187,7 @@ def measure_step(trainer: Trainer, groups: Sequence[Group], questions: int) -> d
     predicted = memory.predict(config, image=any(group.record.image for group in groups), text_tokens=text)
     measured = torch.cuda.max_memory_allocated() / memory.GB if predicted.on_gpu else peak_memory_gb()
     answers = questions * config.eval_samples * (1 + config.eval_before)
-    return {"step": {name: step[name] for name in ("seconds", "augmented")},
+    return {"step": {name: step[name] for name in ("seconds", "augmented")}, "reward_seconds": reward,
             "hours": {"steps": config.steps * step["seconds"]["total"] / 3600, "evaluation": answers * answer / 3600},
             "memory_gb": {"measured": measured, "predicted": predicted.peak / memory.GB, "on_gpu": predicted.on_gpu}}
 
@@ -177,17 +196,22 @@ def describe(groups: Sequence[Group], group_size: int) -> dict:
     r"""Compute what groups of n completions tell: rates with intervals, spread of rewards, lengths, two completions."""
     clips, count = [group.record.clip_id for group in groups], len(groups[0].scores)
     successes = [sum(map(succeeded, group.scores)) for group in groups]
-    formats = [fmean(one.format for one in group.scores) for group in groups]
-    rates = {name: {"rate": fmean(values), "ci95": list(share_interval(values, clips))}
-             for name, values in (("format", formats), ("success", [k / count for k in successes]))}
-    spread = [max(s.total for s in group.scores) - min(s.total for s in group.scores) > 1e-6 for group in groups]
+    shares = {"format": [fmean(one.format for one in group.scores) for group in groups],
+              "success": [k / count for k in successes],
+              "truncated": [1 - fmean(group.finished) for group in groups],
+              "spread": [float(max(s.total for s in group.scores) - min(s.total for s in group.scores) > 1e-6)
+                         for group in groups],
+              "unsolved": [(k == 0) - (k == count) for k in successes]}  # all incorrect less all correct
+    rates = {name: {"rate": fmean(values), "ci95": list(mean_interval(values, clips, -(name == "unsolved"), 1.0))}
+             for name, values in shares.items()}
+    options = [len(group.record.options) for group in groups if group.record.options]
     malformed = next((text for group in groups for text, one in zip(group.texts, group.scores) if not one.format), None)
     return rates | {
         "all_correct": fmean(k == count for k in successes), "all_incorrect": fmean(k == 0 for k in successes),
-        "spread": fmean(spread), "vanishing_expected": expected_vanishing(successes, count, group_size),
+        "vanishing_expected": expected_vanishing(successes, count, group_size),
         "vanishing_if_equal": vanish_probability(rates["success"]["rate"], group_size),
         "tokens": fmean(len(tokens) for group in groups for tokens in group.tokens),
-        "truncated": fmean(not ended for group in groups for ended in group.finished),
+        "guessing": {"rate": fmean(1 / k for k in options) if options else 0.0, "n": len(options)},
         "examples": {"first": groups[0].texts[0], "malformed": malformed}}
 
 
@@ -207,34 +231,49 @@ def report(found: Mapping) -> str:
     r"""Return what a pilot found as text, with the verdict last."""
     share = lambda value: f"{100 * value:.0f} %"
     rate = lambda name: f"{share(found[name]['rate'])} {in_per_cent(found[name]['ci95'])}"
-    total = sum(found["hours"].values())
     expected = ("not estimated: --completions is below the group size" if found["vanishing_expected"] is None else
                 f"{share(found['vanishing_expected'])} expected from the prompts' success")
-    lines = [f"{plural(found['prompts'], 'prompt')}, {plural(found['completions'], 'completion')} each, of "
-             f"{Path(found['model']).name} on {Path(found['data']).name}",
-             *(f"  left out: {error}" for error in found["broken"][:5]),
-             f"well formed           {rate('format')}", f"success               {rate('success')}",
-             f"groups                {share(found['all_correct'])} all correct, {share(found['all_incorrect'])} all "
-             f"incorrect; {share(found['spread'])} have different rewards",
-             f"vanishing, G = {found['group_size']:<6} {expected} (Eq. 01.3); "
-             f"{share(found['vanishing_if_equal'])} if all were equally hard",
-             f"length                {found['tokens']:.0f} tokens, {share(found['truncated'])} reach the limit"]
-    for name, facts in found["video"].items():
-        lines.append(f"{name:<22}{share(facts['success'])} success; the own clip adds {100 * facts['difference']:+.0f} "
-                     f"points {in_per_cent(facts['ci95'], '+')}")
+    chosen, hours, memory_gb = found["guessing"], found["hours"], found["memory_gb"]
+    guessing = f"; guessing an option: {share(chosen['rate'])} (of {plural(chosen['n'], 'prompt')} with options)"
     phases = {**found["seconds"], "one training step": found["step"]["seconds"]["total"]}
-    lines += ["seconds               " + ", ".join(f"{name} {value:.1f}" for name, value in phases.items()),
-              f"the run               {duration(found['hours']['steps'])} of steps and "
-              f"{duration(found['hours']['evaluation'])} of evaluation, {duration(total)} together; from one step, in "
-              f"which {plural(found['step']['augmented'], 'prompt')} got a hint or noise",
-              f"memory                {found['memory_gb']['measured']:.1f} GB "
-              + ("of tensors on the GPU" if found["memory_gb"]["on_gpu"] else "of the process, libraries included") +
-              f"; predicted {found['memory_gb']['predicted']:.1f} GB of tensors",
-              *(f"a completion, {name}: {' '.join(text.split())[:300]!r}"
-                for name, text in found["examples"].items() if text is not None),
-              *(f"note: {note}" for note in found["notes"]),
-              f"verdict: {found['verdict']}, because {found['rule']}", f"next: {found['advice']}"]
-    return "\n".join(lines)
+    passes = found["steps"] * found["prompts_per_step"] / found["records"]
+    rows = {"well formed": rate("format"), "success": rate("success") + guessing * (chosen["n"] > 0),
+            "groups": f"{share(found['all_correct'])} all correct, {share(found['all_incorrect'])} all incorrect; "
+                      f"{rate('spread')} have different rewards",
+            f"vanishing, G = {found['group_size']}": f"{expected} (Eq. 01.3); "
+                                                    f"{share(found['vanishing_if_equal'])} if all were equally hard",
+            "length": f"{found['tokens']:.0f} tokens, {rate('truncated')} reach the limit"}
+    rows |= {name: f"{share(facts['success'])} success; the own clip adds {100 * facts['difference']:+.0f} points "
+                   f"{in_per_cent(facts['ci95'], '+')}" for name, facts in found["video"].items()}
+    if found["reward"]:
+        rows["your reward"] = f"a success has at least 0.5 of it; {found['reward_seconds']:.2g} s a completion"
+    rows |= {"seconds": ", ".join(f"{name} {value:.1f}" for name, value in phases.items()),
+             "the run": f"{plural(found['steps'], 'step')} of {plural(found['prompts_per_step'], 'prompt')}, "
+                        f"{passes:.1f} passes over {plural(found['records'], 'record')}",
+             "its time": f"{duration(hours['steps'])} of steps and {duration(hours['evaluation'])} of evaluation, "
+                         f"{duration(sum(hours.values()))} together; from one step, in which "
+                         f"{plural(found['step']['augmented'], 'prompt')} got a hint or noise",
+             "memory": f"{memory_gb['measured']:.1f} GB of "
+                       + ("tensors on the GPU" if memory_gb["on_gpu"] else "the process, libraries included")
+                       + f"; predicted {memory_gb['predicted']:.1f} GB of tensors"}
+    adapter = f" with the adapter {found['adapter']}" if found["adapter"] else ""
+    return "\n".join([f"{plural(found['prompts'], 'prompt')}, {plural(found['completions'], 'completion')} each, of "
+                      f"{Path(found['model']).name}{adapter} on {Path(found['data']).name}",
+                      *(f"  left out: {error}" for error in found["broken"][:5]),
+                      *(f"{name:<22}{text}" for name, text in rows.items()),
+                      *(f"a completion, {name}: {' '.join(text.split())[:300]!r}"
+                        for name, text in found["examples"].items() if text is not None),
+                      *(f"note: {note}" for note in found["notes"]), verdict(found)])
+
+
+def verdict(found: Mapping) -> str:
+    r"""Return the verdict with its reason and what to do next, or between which verdicts a pilot has not decided."""
+    if len(found["possible"]) == 1:
+        return f"verdict: {found['verdict']}, because {found['rule']}\nnext: {found['advice']}"
+    more = "raise --prompts" if found["prompts"] + len(found["broken"]) < found["records"] else "ask about more clips"
+    return (f"verdict: undecided between {' and '.join(map(repr, found['possible']))}, which the intervals all allow: "
+            f"{more}\nthe measured shares alone say {found['verdict']!r}, because {found['rule']}\n"
+            f"next, if you cannot: {found['advice']}")
 
 
 def duration(hours: float) -> str:

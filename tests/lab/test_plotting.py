@@ -31,8 +31,6 @@ def close():
 def test_every_method_has_a_colour_of_its_own():
     assert set(METHODS) | {"base"} == set(plotting.METHOD_COLOURS)
     assert len(set(plotting.METHOD_COLOURS.values())) == len(plotting.METHOD_COLOURS)
-    plain, augmented = plotting.method_look("GRPO"), plotting.method_look("grpo + DA")
-    assert plain["color"] == augmented["color"] and plain["linestyle"] != augmented["linestyle"]
 
 
 def test_curves_hold_the_metrics_and_labels_do_not_overlap():
