@@ -527,7 +527,7 @@ def test_02_gradients_of_the_kl_estimators():
         push = -slope(lambda x: np.sum(OLD6 * K[name](log_policy(x) - np.log(OLD6))), theta)
         assert bool(push @ (towards - towards.mean()) > 0) is holds, name
     assert [float(x) for x in re.findall(r"per token: the gradient is off by +(\d+) %", outputs("02"))] == [3, 7]
-    assert "Subtracted from the *reward*, $k_1$ has the correct one" in source("02")
+    assert r"Subtracted from the *reward*, $k_1$ has that of $KL(\pi_\theta\|\pi_{ref})$" in source("02")
 
 
 def test_02_the_printed_sign_prefers_policies_that_lost_a_completion():
