@@ -33,16 +33,19 @@ REPORTS = os.environ.get("RANK", "0") == "0"  # of several processes, the first 
 class Parser(argparse.ArgumentParser):
     r"""Reports a wrong option as a `ConfigError` with a near match, and takes no abbreviations."""
 
-    def __init__(self, command: Callable, name: str | None = None):
-        name = name or command.__name__.removesuffix("_command")
-        super().__init__(prog=f"python -m dvr1_lite {name}", description=command.__doc__, allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    def __init__(self, command: Callable):
+        super().__init__(prog=f"python -m dvr1_lite {command.__name__.removesuffix('_command')}", allow_abbrev=False,
+                         description=command.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message: str):
+        from .config import TrainConfig
+
         known = [option for action in self._actions for option in action.option_strings]
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         near = difflib.get_close_matches(unknown[1], known, n=1) if unknown else []
-        hint = f"did you mean {near[0]}?" if near else f"`{self.prog} --help` lists the options"
+        name = unknown[1].lstrip("-").replace("-", "_") if unknown and "--config" in known else ""
+        hint = (f"did you mean {near[0]}?" if near else f"set {name} in the file of --config"
+                if name in TrainConfig.__dataclass_fields__ else f"`{self.prog} --help` lists the options")
         raise ConfigError(f"{message}; {hint}")
 
 
@@ -118,7 +121,7 @@ def _train_parser() -> argparse.ArgumentParser:
         def __init__(self):
             Parser.__init__(self, train_command)
             self.add_argument("--config", metavar="FILE.yaml", help="Config file, or the name of a shipped one; "
-                              "options given here override it.")
+                              "options given here override it. Its paths start from the current folder.")
             self.add_argument("--card", type=int, metavar="GB", help="Settings for a GPU with 15 (T4), 16, 24, 80 GB.")
             self.add_argument("--resume", metavar="DIR", help="Continue the run in this folder.")
             self.dataclass_types = [TrainConfig]
@@ -506,7 +509,7 @@ def pilot_command(arguments: Sequence[str]) -> int:
     from .files import make_folder, write_atomically
     from .lab.variants import trainer_class
     from .run import config_of
-    from .scale.pilot import pilot, recommended, report, write_config
+    from .scale.pilot import MERGE_FIRST, pilot, recommended, report, write_config
 
     parser = Parser(pilot_command)
     parser.epilog = "Takes --config, --card and every config field as an option too, as train does."
@@ -522,8 +525,7 @@ def pilot_command(arguments: Sequence[str]) -> int:
     options, rest = parser.parse_known_args(arguments)
     file, resume, given = parse_training(rest, [action.dest for action in parser._actions])
     if options.adapter and options.write_config:
-        raise ConfigError("a training cannot start from an adapter: merge it (python -m dvr1_lite merge), then give the "
-                          "merged folder as --model in place of --adapter")
+        raise ConfigError(f"training cannot start from an adapter: {MERGE_FIRST}")
     if resume is not None or (options.write_config and options.write_config.exists()):
         raise ConfigError("leave --resume to train" if resume else f"{options.write_config} exists: give another name")
     if options.write_config and not options.write_config.resolve().parent.is_dir():

@@ -264,15 +264,11 @@ class TrainConfig(RunConfig, EvaluationConfig, AugmentationConfig, LoopConfig, O
         return paths
 
 
-def min_group_size(method: str) -> int:
-    r"""Return the fewest completions of a prompt that give the method a signal: 1 for reinforce, else 2."""
-    return 1 if method == "reinforce" else 2
-
-
 def check_group_size(method: str, group_size: int) -> None:
-    r"""Raise `ConfigError` if a group of this size gives the method no signal."""
-    if group_size < min_group_size(method):
-        raise ConfigError(f"group_size is {group_size}, too small for {method}: give at least {min_group_size(method)}")
+    r"""Raise `ConfigError` if a group of this size gives the method no signal: below 1 for reinforce, 2 for others."""
+    least = 1 if method == "reinforce" else 2
+    if group_size < least:
+        raise ConfigError(f"group_size is {group_size}, too small for {method}: give at least {least}")
 
 
 # The parts of `train --help` and of YAML files: title, and the dataclass whose fields it lists.

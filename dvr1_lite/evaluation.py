@@ -197,7 +197,7 @@ def summarise(predictions: Iterable[dict]) -> dict:
     }
     if own := [row["task_reward"] for row in good if "task_reward" in row]:
         summary |= {"task_reward": _mean(own), "reward_errors": sum(bool(row["reward_error"]) for row in good),
-                    "task_reward_ci95": list(share_interval(own, [row["clip"] for row in good]))}
+                    "task_reward_ci95": list(mean_interval(own, [row["clip"] for row in good]))}
     ious = [row["iou"] for row in good if row["iou"] is not None]
     return summary | (grounding(ious) if ious else {}) | grounded_answers(good)
 
@@ -223,7 +223,7 @@ def grounded_answers(rows: Sequence[dict]) -> dict:
     return {"mean_iou_ci95": list(mean_interval([row["iou"] for row in asked], clips, 0.0, 1.0)),
             "mean_iop": _mean(iops),
             "iop_at": {f"{m}": _mean([float(iop >= m) for iop in iops]) for m in IOP_AT},
-            "acc_gqa": _mean(grounded), "acc_gqa_ci95": list(share_interval(grounded, clips))}
+            "acc_gqa": _mean(grounded), "acc_gqa_ci95": list(mean_interval(grounded, clips))}
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -232,7 +232,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def _accuracy(rows: list[dict]) -> dict:
     values, clusters = [row["accuracy"] for row in rows], [row["clip"] for row in rows]
-    low, high = share_interval(values, clusters)
+    low, high = mean_interval(values, clusters)
     return {"accuracy": _mean(values), "ci95": [low, high], "n": len({row["index"] for row in rows}),
             "clips": len(set(clusters))}
 
@@ -297,12 +297,12 @@ def compare_saved(before: str | Path, after: str | Path) -> tuple[dict, dict, di
 def claim_folder(out: Path, settings: dict) -> None:
     r"""Mark a folder as that of one evaluation; refuse one that holds another. Raises `ConfigError`."""
     path = out / "evaluation.json"
-    if path.exists():
+    if path.exists() and (out / "predictions.jsonl").exists():
         saved = json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name in settings if saved.get(name) != settings[name]]
         if changed:
             raise ConfigError(f"{out} holds an evaluation with another {', '.join(changed)}: give another --out")
-    elif out.exists() and any(entry.suffix != ".part" for entry in out.iterdir()):  # a kill may leave one
+    elif out.exists() and any(entry != path and entry.suffix != ".part" for entry in out.iterdir()):  # left by a kill
         raise ConfigError(f"{out} is not empty and holds no evaluation: give another --out")
     make_folder(out)
     write_atomically(path, json.dumps(settings, indent=2) + "\n")
@@ -327,9 +327,9 @@ def cluster_standard_error(values: Sequence[float], clusters: Sequence[str]) -> 
     return math.sqrt(count / (count - 1) * math.fsum(total**2 for total in sums.values())) / len(values)
 
 
-def mean_interval(values: Sequence[float], clusters: Sequence[str], lowest: float, highest: float,
-                  level: float = 0.95) -> tuple[float, float]:
-    r"""Compute the mean +- t quantile x `cluster_standard_error`, cut to [lowest, highest].
+def mean_interval(values: Sequence[float], clusters: Sequence[str], lowest: float = 0.0, highest: float = 1.0
+                  ) -> tuple[float, float]:
+    r"""Compute the 95 % interval: mean +- t quantile x `cluster_standard_error`, cut to [lowest, highest].
 
     For fewer than two clusters it is that whole range. Where all clusters agree, a standard error of 0 would claim
     certainty: each side then reaches the share $t^2 / (C + t^2)$ of the way to its bound, for C clusters, which is
@@ -338,15 +338,10 @@ def mean_interval(values: Sequence[float], clusters: Sequence[str], lowest: floa
     count = len(set(clusters))
     if count < 2:
         return lowest, highest
-    mean, quantile = _mean(values), float(student_t.ppf(0.5 + level / 2, count - 1))
+    mean, quantile = _mean(values), float(student_t.ppf(0.975, count - 1))
     error = cluster_standard_error(values, clusters)
     if error < 1e-12:
         reach = quantile**2 / (count + quantile**2)
         return mean - reach * (mean - lowest), mean + reach * (highest - mean)
     reach = quantile * error
     return max(lowest, mean - reach), min(highest, mean + reach)
-
-
-def share_interval(values: Sequence[float], clusters: Sequence[str], level: float = 0.95) -> tuple[float, float]:
-    r"""Compute `mean_interval` for values within [0, 1]."""
-    return mean_interval(values, clusters, 0.0, 1.0, level)

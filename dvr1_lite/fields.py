@@ -135,7 +135,7 @@ def read_rows(path: Path, root: Path | str | None, models: Sequence[type[BaseMod
     """
     if root is not None and not Path(root).is_dir():
         raise RecordError(f"{root}: no such data root; give the folder that the clips' paths start from")
-    root, records, found, model = Path(root or path.parent), [], 0, None
+    root, records, found, model = path.parent if root is None else Path(root), [], 0, None
     for found, (where, value) in enumerate(json_rows(path) if rows is None else rows, 1):
         try:
             row = parse_json(value, where) if isinstance(value, str) else value

@@ -345,7 +345,6 @@ class Run:
                 "feature_cache_bytes": trainer.policy.features.nbytes, "versions": versions(),
                 "platform": platform.platform()}
 
-
     def _reward_change(self) -> dict:
         r"""Return, for a reward of your own, its paired change and for how many completions in training it failed."""
         if self.scoring is None:

@@ -17,7 +17,6 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from ..advantages import vanish_probability
 from ..config import CONFIGS, TrainConfig, to_yaml
 from ..data import Record
 from ..errors import ClipError, ConfigError
@@ -76,7 +75,7 @@ NO_VIDEO = ("the answers do not measurably depend on the video (the interval wit
             "your questions can be answered without it")
 GUESSED = ("the success is not measurably above that of guessing an option: look whether the frames show what you ask "
            "(check --out DIR)")
-MERGE_FIRST = "add the adapter to the model (python -m dvr1_lite merge), then train with --model and the merged folder"
+MERGE_FIRST = "merge the adapter (python -m dvr1_lite merge), then give the merged folder as --model"
 
 
 def judge(found: Mapping) -> list[Rule]:
@@ -115,19 +114,17 @@ def ask(trainer: Trainer, name: str, records: Sequence[Record], size: int, shown
     """
     groups, broken, batch = [], [], trainer.config.prompts_per_step
     pairs = list(zip(records, shown or records))
-    with tqdm(total=len(pairs), desc=name, **({} if progress else {"disable": True})) as bar:
-        for at in range(0, len(pairs), batch):
-            asked, prompts = [], []
-            with trainer.timed("clips"):
-                for record, seen in pairs[at:at + batch]:
-                    try:
-                        features = encode_record(trainer.policy, seen, trainer.config, change)
-                        prompts.append(trainer.prompt(record, features))
-                        asked.append(record)
-                    except ClipError as error:
-                        broken.append(str(error))
-            groups += trainer.sample(asked, prompts, size, name) if prompts else []
-            bar.update(len(pairs[at:at + batch]))
+    for at in tqdm(range(0, len(pairs), batch), desc=name, unit="batch", **({} if progress else {"disable": True})):
+        asked, prompts = [], []
+        with trainer.timed("clips"):
+            for record, seen in pairs[at:at + batch]:
+                try:
+                    features = encode_record(trainer.policy, seen, trainer.config, change)
+                    prompts.append(trainer.prompt(record, features))
+                    asked.append(record)
+                except ClipError as error:
+                    broken.append(str(error))
+        groups += trainer.sample(asked, prompts, size, name) if prompts else []
     if not groups:
         raise ClipError(f"no clip of {plural(len(pairs), 'record')} can be read. The first error: {broken[0]}")
     return groups, broken
@@ -209,7 +206,6 @@ def describe(groups: Sequence[Group], group_size: int) -> dict:
     return rates | {
         "all_correct": fmean(k == count for k in successes), "all_incorrect": fmean(k == 0 for k in successes),
         "vanishing_expected": expected_vanishing(successes, count, group_size),
-        "vanishing_if_equal": vanish_probability(rates["success"]["rate"], group_size),
         "tokens": fmean(len(tokens) for group in groups for tokens in group.tokens),
         "guessing": {"rate": fmean(1 / k for k in options) if options else 0.0, "n": len(options)},
         "examples": {"first": groups[0].texts[0], "malformed": malformed}}
@@ -235,24 +231,22 @@ def report(found: Mapping) -> str:
                 f"{share(found['vanishing_expected'])} expected from the prompts' success")
     chosen, hours, memory_gb = found["guessing"], found["hours"], found["memory_gb"]
     guessing = f"; guessing an option: {share(chosen['rate'])} (of {plural(chosen['n'], 'prompt')} with options)"
-    phases = {**found["seconds"], "one training step": found["step"]["seconds"]["total"]}
-    passes = found["steps"] * found["prompts_per_step"] / found["records"]
+    phases = found["seconds"] | {"one training step": found["step"]["seconds"]["total"]}
     rows = {"well formed": rate("format"), "success": rate("success") + guessing * (chosen["n"] > 0),
             "groups": f"{share(found['all_correct'])} all correct, {share(found['all_incorrect'])} all incorrect; "
                       f"{rate('spread')} have different rewards",
-            f"vanishing, G = {found['group_size']}": f"{expected} (Eq. 01.3); "
-                                                    f"{share(found['vanishing_if_equal'])} if all were equally hard",
+            f"vanishing, G = {found['group_size']}": f"{expected} (Eq. 01.3)",
             "length": f"{found['tokens']:.0f} tokens, {rate('truncated')} reach the limit"}
     rows |= {name: f"{share(facts['success'])} success; the own clip adds {100 * facts['difference']:+.0f} points "
                    f"{in_per_cent(facts['ci95'], '+')}" for name, facts in found["video"].items()}
     if found["reward"]:
-        rows["your reward"] = f"a success has at least 0.5 of it; {found['reward_seconds']:.2g} s a completion"
+        rows["your reward"] = f"at least 0.5 counts as a success; {found['reward_seconds']:.3f} s a completion"
     rows |= {"seconds": ", ".join(f"{name} {value:.1f}" for name, value in phases.items()),
              "the run": f"{plural(found['steps'], 'step')} of {plural(found['prompts_per_step'], 'prompt')}, "
-                        f"{passes:.1f} passes over {plural(found['records'], 'record')}",
-             "its time": f"{duration(hours['steps'])} of steps and {duration(hours['evaluation'])} of evaluation, "
-                         f"{duration(sum(hours.values()))} together; from one step, in which "
-                         f"{plural(found['step']['augmented'], 'prompt')} got a hint or noise",
+                        f"{found['steps'] * found['prompts_per_step'] / found['records']:.1f} passes over "
+                        f"{plural(found['records'], 'record')}",
+             "time": f"{duration(hours['steps'])} of steps and {duration(hours['evaluation'])} of evaluation; from one "
+                     f"step, in which {plural(found['step']['augmented'], 'prompt')} got a hint or noise",
              "memory": f"{memory_gb['measured']:.1f} GB of "
                        + ("tensors on the GPU" if memory_gb["on_gpu"] else "the process, libraries included")
                        + f"; predicted {memory_gb['predicted']:.1f} GB of tensors"}
@@ -270,10 +264,10 @@ def verdict(found: Mapping) -> str:
     r"""Return the verdict with its reason and what to do next, or between which verdicts a pilot has not decided."""
     if len(found["possible"]) == 1:
         return f"verdict: {found['verdict']}, because {found['rule']}\nnext: {found['advice']}"
+    *others, last = found["possible"]
     more = "raise --prompts" if found["prompts"] + len(found["broken"]) < found["records"] else "ask about more clips"
-    return (f"verdict: undecided between {' and '.join(map(repr, found['possible']))}, which the intervals all allow: "
-            f"{more}\nthe measured shares alone say {found['verdict']!r}, because {found['rule']}\n"
-            f"next, if you cannot: {found['advice']}")
+    return (f"verdict: undecided between {', '.join(others)} and {last}, as the intervals show: {more}\nthe measured "
+            f"shares alone say: {found['verdict']}, because {found['rule']}\nnext, if you cannot: {found['advice']}")
 
 
 def duration(hours: float) -> str:

@@ -118,7 +118,7 @@ def test_every_command_has_help(command, capsys):
     (["--history-window=0"], "history_window is 0"),
     (["--learning-rat", "1"], "did you mean learning_rate"),
     (["--lr=1"], "learning_rate"),
-    (["--step", "3"], "did you mean steps"),
+    (["--step", "3"], "did you mean steps"), (["--num-frame", "3"], "did you mean num_frames"),
     (["--method", "ppo"], "reg-grpo"),
     (["--beta"], "expected one argument"),
     (["--config", "none.yaml"], "none.yaml cannot be read"),
@@ -149,6 +149,8 @@ def test_records_models_and_packages_that_are_missing_are_named(world, tmp_path,
     (tmp_path / "config.json").write_text("{}")
     base = ["train", "--out", tmp_path / "x", "--eval-files", "--train-file"]
     fails(capsys, [*base, tmp_path / "bad.jsonl"], "bad.jsonl, line 1", "problem")
+    monkeypatch.chdir(tmp_path)
+    fails(capsys, [*base, "no/records.jsonl"], f"{tmp_path}/no/records.jsonl: no such file", "from the current folder")
     fails(capsys, [*base, world / "records.jsonl", "--model", tmp_path], str(tmp_path))
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec",
@@ -282,7 +284,7 @@ def test_training_names_clips_that_an_evaluation_shares(run, capsys):
     from dvr1_lite.config import load_config
 
     cli._prepare(load_config(run / "config.yaml"), None)
-    assert re.search(r"note: val shares 3 clips with the training file, such as .*0\.mp4: split by", capsys.readouterr().err)
+    assert re.search(r"note: val and the training file share 3 clips, such as .*0\.mp4: split by", capsys.readouterr().err)
 
 
 def test_mistakes_in_the_options_of_evaluate_are_explained(run, world, tmp_path, capsys):
@@ -292,6 +294,22 @@ def test_mistakes_in_the_options_of_evaluate_are_explained(run, world, tmp_path,
     fails(capsys, [*base, "--out", run], "holds no evaluation")
     fails(capsys, [*base, "--out", tmp_path / "e", "--video", "blin"], "unknown video control 'blin': did you mean blind?")
     fails(capsys, [*base, "--out", tmp_path / "e", "--adapter", tmp_path], "adapter_config.json")
+    fails(capsys, ["evaluate", "--num-frames", 4], "set num_frames in the file of --config")
+    fails(capsys, ["evaluate", "--sample", 4], "did you mean --samples?")
+    fails(capsys, ["merge", "--num-frames", 4, "--adapter", "a", "--out", "b"], "`python -m dvr1_lite merge --help`")
+
+
+def test_the_folder_of_a_killed_run_names_its_newest_checkpoint(run, world, tmp_path, capsys):
+    killed = tmp_path / "killed"
+    shutil.copytree(run, killed)
+    shutil.rmtree(killed / "adapter")
+    newest = killed / "checkpoints" / "step_000002"
+    shutil.copytree(newest, killed / "checkpoints" / "step_000001")
+    asked = ["evaluate", "--data", str(world / "records.jsonl"), "--out", str(tmp_path / "e"), "--adapter"]
+    for folder in (killed, killed / "checkpoints"):
+        fails(capsys, [*asked, folder], f"{folder} has no adapter_config.json: give the newest checkpoint, {newest}, ")
+    assert cli.main([*asked, str(newest)]) == 0, "--out is free as long as it holds no answer"
+    assert json.loads((tmp_path / "e" / "evaluation.json").read_text())["num_frames"] == 4, "the run's config"
 
 
 def test_ask_prints_trace_answer_and_span(run, world, capsys, monkeypatch):

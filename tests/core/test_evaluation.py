@@ -18,7 +18,6 @@ from dvr1_lite.evaluation import (
     limited,
     mean_interval,
     paired_change,
-    share_interval,
     summarise,
 )
 from dvr1_lite.files import append_lines, read_lines
@@ -48,7 +47,7 @@ def test_the_interval_by_hand():
     values, clusters = [1, 0, 1, 1, 0, 1], list("abcdef")  # mean 2/3, s = 0.5164, se = 0.2108, t(5) = 2.5706
     low, high = mean_interval(values, clusters, -9, 9)
     assert (low, high) == (pytest.approx(0.1248, abs=1e-4), pytest.approx(1.2086, abs=1e-4))
-    assert share_interval(values, clusters) == (pytest.approx(low), 1.0)
+    assert mean_interval(values, clusters) == (pytest.approx(low), 1.0)
 
 
 @pytest.mark.parametrize(("values", "clusters", "expected"), [
@@ -61,7 +60,7 @@ def test_the_interval_by_hand():
     ([0.5] * 10, "abcdefghij", (0.330746, 0.669254)),
     ([1, 0] * 10, "aabbccddeeffgghhiijj", (0.330746, 0.669254))])  # clips that all agree on one of two
 def test_few_clips_or_constant_values_are_no_certainty(values, clusters, expected):
-    assert share_interval(values, list(clusters)) == pytest.approx(expected, abs=2e-6)
+    assert mean_interval(values, list(clusters)) == pytest.approx(expected, abs=2e-6)
     if len(set(clusters)) < 2:
         assert mean_interval(values, list(clusters), -1, 1) == (-1, 1)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dvr1_lite.advantages import group_advantages
 from dvr1_lite.errors import ConfigError, NumericsError
-from dvr1_lite.config import ObjectiveConfig, check_group_size, min_group_size
+from dvr1_lite.config import ObjectiveConfig, check_group_size
 from dvr1_lite.metrics import statistics
 from dvr1_lite.objectives import (METHODS, Batch, bounded_exp, check_finite, kl_penalty, kl_terms, objective_loss,
                                   reduce_tokens)
@@ -484,7 +484,6 @@ def test_what_each_method_needs():
     assert set(METHODS) == set(ObjectiveConfig.__dataclass_fields__["method"].metadata["choices"])
     for name in METHODS:
         smallest = 1 if name == "reinforce" else 2
-        assert min_group_size(name) == smallest
         check_group_size(name, smallest)
         with pytest.raises(ConfigError, match=f"too small for {name}: give at least {smallest}"):
             check_group_size(name, smallest - 1)

@@ -36,6 +36,8 @@ def sometimes(record, completion):
     if len(completion) % 2: raise ValueError("odd length")
     return 1.0
 def one(record): return 1.0
+def swapped(completion, record): return 1.0
+def other_names(text, row): return float(row.answer in text)
 value = 3
 """
 
@@ -98,6 +100,15 @@ def test_an_exception_names_its_line_and_is_counted_where_the_run_may_skip_it(fi
     assert len(str(stopped.value)) < 600 and f"({len(long)} characters)" in str(stopped.value)
 
 
+def test_arguments_in_the_other_order_are_named_where_the_function_fails(file):
+    with pytest.raises(RewardError, match=r"'str' object has no attribute 'answer' .*; its arguments are \(record, "
+                                          r"completion\), a Record and a text, in this order; correct"):
+        load_reward("mine.py:other_names")(CHOICE, RIGHT)
+    with pytest.raises(RewardError) as stopped:
+        load_reward("mine.py:fails")(CHOICE, RIGHT)
+    assert "in this order" not in str(stopped.value), "a KeyError has another cause"
+
+
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
@@ -106,6 +117,7 @@ def test_an_exception_names_its_line_and_is_counted_where_the_run_may_skip_it(fi
     ("mine.py:a b", "write it as FILE.py:function"), ("none.py:half", "there is no file none.py"),
     ("mine.py:hlf", "has no function hlf; it has half, by_length, fails"), ("mine.py:value", "has no function value"),
     ("mine.py:one", r"it takes \(record\); define it as def one\(record, completion\)"),
+    ("mine.py:swapped", r"it takes \(completion, record\); define it as def swapped\(record, completion\)"),
     ("typo.py:f", r"cannot be loaded \(SyntaxError.*correct it"),
     ("ends.py:f", r"cannot be loaded \(SystemExit: 4 \(ends.py, line 2\)"),
     ("needs.py:f", "cannot be loaded .*no_such_package")])
@@ -137,6 +149,9 @@ def test_only_a_command_line_can_name_a_reward(file):
     with pytest.raises(ConfigError, match=r"asks for the reward mark.py:f, which is code: read it, then name it .*"
                                           r"--reward mark.py:f"):
         reward_for("mark.py:f", None, "stop", [CHOICE])
+    with pytest.raises(ConfigError) as stopped:  # an interrupted run cannot be resumed with the built-in rewards
+        reward_for("mark.py:f", None, "stop", [CHOICE])
+    assert '""' not in str(stopped.value)
     assert not (file.parent / "ran").exists(), "nothing ran"
     assert reward_for("mark.py:f", "mark.py:f", "stop", [CHOICE]).name == "mark.py:f"
 

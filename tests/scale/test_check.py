@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dvr1_lite import __main__ as cli
 from dvr1_lite.data import read_records
 from dvr1_lite.scale import check
 from dvr1_lite.scale.check import check_records, examples, format_report, show_record
@@ -45,8 +46,8 @@ def test_the_check_counts_and_finds_what_is_incorrect(folder, decode):
     assert found == {"missing": ["none"], "undecodable": ["short", "bad"], "span_errors": ["outside"],
                      "spans_outside": ["before", "after"]}
     text = format_report(report, examples=1)
-    for line in ("10 records, 2 readable", "problem type grounding: 5", "question type when: 5", "missing files: 1",
-                 "undecodable files: 2",
+    for line in ("10 records, 2 readable", "problem type grounding: 5", "question type when: 5",
+                 "missing files: 1, used by 1 record\n", "undecodable files: 2, used by 2 records\n",
                  "reach out of their clip (kept as annotated): 2", "and 1 more", "unreadable records: 1",
                  "field 'problem': is missing", "4 frames but 8 are asked for",
                  "2 of 96 x 64 pixels are shown as 56 x 56, aspect ratio 1.50 squeezed to 1",
@@ -65,6 +66,32 @@ def test_a_sound_data_set_is_ok_and_each_clip_is_opened_once(folder, monkeypatch
     assert len(opened) == 1, "headers only"
     (folder / "clips/a.mp4").unlink()
     assert len(check_records(read_records(path), 8).missing) == 3
+
+
+def test_a_missing_file_is_counted_once_with_its_records(folder):
+    rows = [NUMBER | {"problem_id": name, "path": path} for name, path in
+            (("a", "none.mp4"), ("b", "none.mp4"), ("c", "lost.mp4"), ("d", "clips/a.mp4"))]
+    text = format_report(check_records(read_records(write_lines(folder / "rows.jsonl", rows)), 8, 56))
+    assert "missing files: 2, used by 3 records\n" in text and "undecodable files: 0\n" in text
+
+
+def test_clips_that_two_files_share_are_named(folder, capsys):
+    (folder / "clips/b.mp4").write_bytes((folder / "clips/a.mp4").read_bytes())
+    (folder / "again").symlink_to(folder / "clips")
+    files = [str(write_lines(folder / f"{name}.jsonl", [NUMBER | {"path": f"{path}.mp4"} for path in paths]))
+             for name, paths in (("train", ["clips/a"]), ("held_out", ["again/a", "clips/b"]), ("other", ["clips/b"]))]
+    assert cli.main(["check", "--fast", "--out", str(folder / "frames"), "--data", *files]) == 0
+    printed = capsys.readouterr().out
+    for name, count in zip(files, ("1 record,", "2 records,", "1 record,")):
+        assert f"{name}: {count}" in printed
+    shared = [line for line in printed.splitlines() if line.startswith("note: ")]
+    assert shared == [f"note: {one} and {other} share 1 clip, such as {folder / 'clips' / clip}: split by clip, or the "
+                      f"accuracy means little" for one, other, clip in ((*files[:2], "a.mp4"), (*files[1:], "b.mp4"))]
+    assert sorted(path.name for path in (folder / "frames").iterdir()) == [f"record_{k}.png" for k in (1, 2, 3, 4)]
+    (folder / "clips/b.mp4").unlink()
+    assert cli.main(["check", "--fast", "--data", *files]) == 1, "one file of three has a problem"
+    capsys.readouterr()
+    assert cli.main(["check", "--fast", "--data", files[0]]) == 0 and "note: " not in capsys.readouterr().out
 
 
 def test_spans_of_missing_clips_are_compared_with_the_annotated_duration(tmp_path):

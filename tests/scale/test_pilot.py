@@ -2,6 +2,7 @@ r"""The pilot: what it measures, which verdict follows, and the config that it w
 
 import json
 import math
+import re
 import time
 from dataclasses import replace
 
@@ -11,44 +12,59 @@ import torch
 import yaml
 
 from dvr1_lite import __main__ as cli
+from dvr1_lite import own_reward
 from dvr1_lite.config import CONFIGS, TrainConfig, load_config
 from dvr1_lite.data import Record, read_records
 from dvr1_lite.errors import ClipError, ConfigError
-from dvr1_lite.own_reward import OwnScore
+from dvr1_lite.own_reward import OwnReward, OwnScore
 from dvr1_lite.rewards import Score
 from dvr1_lite.scale import pilot as module
 from dvr1_lite.scale.pilot import (RULES, compare, describe, duration, expected_vanishing, judge, pilot,
                                    recommendation, recommended, report, succeeded)
 from dvr1_lite.training import Group
-from tests.small_run import small_config, write_world
+from tests.small_run import small_config, train_files, write_world
 
-FINE = {"truncated": 0.0, "format": {"rate": 1.0}, "success": {"rate": 0.4, "ci95": [0.3, 0.6]}, "spread": 0.5,
-        "all_correct": 0.2, "all_incorrect": 0.3}
+FINE = {"truncated": (0.0, 0.0, 0.2), "format": (1.0, 0.8, 1.0), "success": (0.4, 0.3, 0.6), "spread": (0.5, 0.3, 0.7),
+        "unsolved": (0.1, -0.1, 0.3)}  # each measured, and the ends of its interval
 
 
-def group(clip: str, accuracies: list[float], form: float = 1.0) -> Group:
+def verdicts(**changes: tuple[float, float, float]) -> list[str]:
+    rules = judge({name: {"rate": rate, "ci95": ends} for name, (rate, *ends) in (FINE | changes).items()})
+    return [rule.verdict for rule in rules]
+
+
+def group(clip: str, accuracies: list[float], form: float = 1.0, options: tuple[str, ...] = ()) -> Group:
     r"""Make a group of completions of which each has one token more than the one before; the last is cut off."""
     scores = [Score(form, form * a, None, form + form * a, 2.0) for a in accuracies]
-    record = Record(clip, "q", (), "red", "exact", "exact", None if clip == "none" else clip)
+    record = Record(clip, "q", options, "red", "exact", "exact", None if clip == "none" else clip)
     finished = [True] * (len(scores) - 1) + [False]
     return Group(record, None, [[0] * (n + 1) for n in range(len(scores))], [f"{a}" for a in accuracies], scores,
                  finished)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"))
 
 
 # --- figures by hand -------------------------------------------------------------------------------------------------
 
 
 def test_rates_spread_and_lengths_by_hand():
-    groups = [group("a", [1, 1, 1, 1]), group("b", [0, 0, 0, 0]), group("c", [1, 0, 0, 0]),
-              group("d", [0, 0, 0, 0], 0.0)]
+    groups = [group("a", [1, 1, 1, 1], options=("1", "2")), group("b", [0, 0, 0, 0], options=("1", "2", "3", "4")),
+              group("c", [1, 0, 0, 0]), group("d", [0, 0, 0, 0], 0.0)]
     found = describe(groups, 2)
     assert found["format"]["rate"] == 0.75 and found["success"]["rate"] == 5 / 16
     assert found["success"]["ci95"][0] == 0.0 and found["success"]["ci95"][1] > 0.9, "four clips tell little"
-    assert (found["all_correct"], found["all_incorrect"], found["spread"]) == (0.25, 0.5, 0.25)
+    assert (found["all_correct"], found["all_incorrect"], found["spread"]["rate"]) == (0.25, 0.5, 0.25)
+    # unsolved: -1, 1, 0, 1, so mean 0.25 and s = 0.95743; t(3) = 3.18245: 0.25 +- 1.52, cut to what is possible
+    assert found["unsolved"] == {"rate": 0.25, "ci95": [-1.0, 1.0]}
+    assert found["guessing"] == {"rate": 0.375, "n": 2}, "the mean of 1/2 and 1/4"
     # pairs of equal outcomes: 1, 1, C(3,2)/C(4,2) = 1/2, 1
     assert found["vanishing_expected"] == pytest.approx(3.5 / 4)
-    assert found["vanishing_if_equal"] == pytest.approx((5 / 16) ** 2 + (11 / 16) ** 2)
-    assert (found["tokens"], found["truncated"]) == (2.5, 0.25)
+    # one of four cut off in every group: 0.25 reaches 3.18245^2 / (4 + 3.18245^2) = 0.71686 of the way to each bound
+    assert found["tokens"] == 2.5 and found["truncated"]["rate"] == 0.25
+    assert found["truncated"]["ci95"] == pytest.approx([0.25 * (1 - 0.71686), 0.25 + 0.75 * 0.71686], abs=1e-4)
     assert found["examples"] == {"first": "1", "malformed": "0"}
 
 
@@ -83,25 +99,73 @@ def test_the_own_clip_is_compared_prompt_by_prompt():
 @pytest.mark.parametrize(("changes", "verdict", "reason"), [
     ({}, "train", "at least 20 % of the groups"),
     ({"truncated": 0.26}, "fix the prompt or format first", "reach max_new_tokens"),
-    ({"truncated": 0.25, "format": {"rate": 0.49}}, "fix the prompt or format first", "fewer than 50 %"),
-    ({"success": {"rate": 0.01, "ci95": [0.0, 0.04]}, "spread": 0.1}, "SFT first", "below 5 %"),
-    ({"success": {"rate": 0.0, "ci95": [0.0, 0.08]}, "spread": 0.0}, "SFT first", "nothing succeeds"),
-    ({"success": {"rate": 0.03, "ci95": [0.0, 0.06]}, "spread": 0.1}, "use easier questions", "all incorrect than all correct"),
-    ({"spread": 0.19, "all_correct": 0.6}, "use harder questions", "as many"),
-    ({"spread": 0.2, "all_correct": 0.8, "all_incorrect": 0.0}, "train", "no other rule")])
+    ({"truncated": 0.25, "format": 0.49}, "fix the prompt or format first", "fewer than 50 %"),
+    ({"success": 0.04, "spread": 0.1}, "SFT first", "fewer than 5 %"),
+    ({"success": 0.05, "spread": 0.1}, "use easier questions", "all incorrect than all correct"),
+    ({"spread": 0.19, "unsolved": -0.3}, "use harder questions", "as many"),
+    ({"spread": 0.19, "unsolved": 0.0}, "use harder questions", "as many"),
+    ({"spread": 0.2, "unsolved": -0.8}, "train", "no other rule")])
 def test_the_first_rule_that_applies_is_the_verdict(changes, verdict, reason):
-    rule = judge(FINE | changes)
+    known = {name: {"rate": changes.get(name, rate), "ci95": [changes.get(name, rate)] * 2}
+             for name, (rate, *_) in FINE.items()}
+    [rule] = judge(known)
     assert rule.verdict == verdict and reason in rule.when and rule.advice
     assert {rule.verdict for rule in RULES} == {"train", "fix the prompt or format first", "SFT first",
                                                 "use easier questions", "use harder questions"}
 
 
+def test_a_verdict_is_undecided_where_an_interval_holds_its_threshold():
+    assert verdicts() == ["train"], "no interval holds a threshold that matters"
+    assert verdicts(spread=(0.25, 0.15, 0.35)) == ["train", "use easier questions"]
+    assert verdicts(spread=(0.1, 0.05, 0.15)) == ["use easier questions", "use harder questions"], "unsolved holds 0"
+    assert verdicts(spread=(0.1, 0.05, 0.15), unsolved=(0.4, 0.2, 0.6)) == ["use easier questions"]
+    assert verdicts(success=(0.0, 0.0, 0.08)) == ["SFT first", "train"]
+    assert verdicts(truncated=(0.0, 0.0, 0.3)) == ["train", "fix the prompt or format first"]
+    assert verdicts(format=(0.4, 0.2, 0.6)) == ["fix the prompt or format first", "train"]
+
+
+def test_the_report_says_between_what_a_pilot_is_undecided_and_what_would_decide(world, tmp_path):
+    config = small_config(world, tmp_path / "run", eval_files=[])
+    found = pilot(config, read_records(config.train_file), prompts=4, completions=2)
+    found |= {"possible": ["train", "SFT first", "use easier questions"]}
+    found |= {"verdict": "train", "rule": "R", "advice": "A"}
+    assert ("verdict: undecided between train, SFT first and use easier questions, as the intervals show: raise "
+            "--prompts\nthe measured shares alone say: train, because R\nnext, if you cannot: A") in report(found)
+    assert "as the intervals show: ask about more clips\n" in report(found | {"prompts": 5, "broken": ["one"]})
+    assert report(found | {"possible": ["train"]}).endswith("verdict: train, because R\nnext: A")
+
+
+def test_a_success_no_better_than_guessing_is_noted(world, tmp_path, monkeypatch):
+    config = small_config(world, tmp_path / "run", eval_files=[])  # three options each
+    records = read_records(config.train_file)
+    noted = lambda records, **options: module.GUESSED in pilot(config, records, completions=2, **options)["notes"]
+    found = pilot(config, records, completions=2)
+    assert found["guessing"] == {"rate": pytest.approx(1 / 3), "n": 6} and module.GUESSED in found["notes"]
+    # no success on three clips; t(2) = 4.3027, t^2 / (3 + t^2) = 0.861
+    assert "0 % [0.0, 86.1]; guessing an option: 33 % (of 6 prompts with options)" in report(found)
+    assert not noted([replace(records[0], options=()), *records[1:]]), "not all have options"
+    assert not noted(records, scoring=OwnReward(lambda *_: 0.0, "f.py:f")), "a success means another thing"
+    describe = module.describe
+    monkeypatch.setattr(module, "describe", lambda *_: describe(*_) | {"success": {"rate": 0.9, "ci95": [0.34, 1.0]}})
+    assert not noted(records), "above one third with all of the interval"
+
+
+def test_an_own_reward_is_timed_and_its_success_and_the_passes_over_the_data_are_printed(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(own_reward, "score", lambda record, text, judge: Score(1.0, 0.0, None, 1.0, 2.0))
+    config = small_config(world, tmp_path / "run", steps=30, prompts_per_step=4, augment="none")
+    called = []
+    reward = OwnReward(lambda *_: called.append(time.sleep(0.005)) or 0.5, "f.py:half")
+    found = pilot(config, read_records(config.train_file), completions=2, scoring=reward, questions=10)
+    assert len(called) == 6 * (2 + 4 * 4) + 4 * 4, "each completion of the pilot and of the step once"
+    assert 0.005 < found["reward_seconds"] < 0.05 and found["success"]["rate"] == 1.0
+    least = 10 * 2 * (found["seconds"]["completions"] / 12 + 0.005) / 3600
+    assert least < found["hours"]["evaluation"] < 10 * least
+    text = report(found)
+    assert re.search(r"your reward           at least 0.5 counts as a success; 0\.0\d+ s a completion", text)
+    assert "the run               30 steps of 4 prompts, 20.0 passes over 6 records" in text  # 30 * 4 / 6
+
+
 # --- a whole pilot ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 def test_a_pilot_measures_everything_and_its_report_says_so(world, tmp_path, monkeypatch):
@@ -198,7 +262,25 @@ def test_the_command_writes_a_config_that_follows_the_recommendation(world, tmp_
     nowhere = [str(tmp_path / "no" / "mine.yaml") if one.endswith("mine.yaml") else one for one in arguments]
     assert cli.main(nowhere) == 2 and "make its folder first" in capsys.readouterr().err
     assert cli.main(["pilot", "--resume", "x"]) == 2 and "leave --resume to train" in capsys.readouterr().err
-    assert cli.main(["pilot", "--promts", "3"]) == 2 and "promts" in capsys.readouterr().err
+    assert cli.main(["pilot", "--promts", "3"]) == 2 and "did you mean prompts?" in capsys.readouterr().err
+
+
+def test_a_trained_adapter_is_piloted_with_its_runs_config(world, tmp_path, capsys, monkeypatch):
+    config = small_config(world, tmp_path / "run", eval_files=[], num_frames=6, group_size=3)
+    train_files(config)
+    loaded, load = [], module.load_policy
+    monkeypatch.setattr(module, "load_policy", lambda config, adapter: loaded.append((config.num_frames, adapter))
+                        or load(config, adapter))
+    folder = str(tmp_path / "run" / "adapter")
+    arguments = ["pilot", "--adapter", folder, "--prompts", "2", "--completions", "2"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "p")]) == 0
+    assert loaded == [(6, folder)] and f"of model with the adapter {folder} on records.jsonl" in capsys.readouterr().out
+    assert json.loads((tmp_path / "p" / "pilot.json").read_text())["group_size"] == 3
+    assert cli.main([*arguments, "--write-config", "mine.yaml"]) == 2
+    assert "training cannot start from an adapter: merge the adapter" in capsys.readouterr().err
+    monkeypatch.setattr(module, "judge", lambda found: [RULES[-1]])
+    assert "python -m dvr1_lite merge" in pilot(config, read_records(config.train_file), prompts=2, completions=2,
+                                                adapter=folder)["advice"]
 
 
 def test_the_default_pilot_takes_less_than_a_minute_of_one_core(capsys):
