@@ -10,13 +10,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from scipy.stats import binomtest
 
-from dvr1_lite.files import data_folder, make_folder
+from dvr1_lite.data import read_records
+from dvr1_lite.evaluation import limited
+from dvr1_lite.files import data_folder, make_folder, resolve
 from dvr1_lite.lab import report
-from dvr1_lite.lab.headline import cell_table
+from dvr1_lite.lab.headline import cell_table, robust_table
 from dvr1_lite.lab.runner import reproduce
+from dvr1_lite.lab.stats import mean_answers
 from dvr1_lite.lab.tables import BEYOND, EXPERIMENTS, PAPER, PHASE, TUNING, Experiment
+from dvr1_lite.toy.world import CELLS
 
 PROTOCOL = (*TUNING, *PHASE, *PAPER, *BEYOND)  # all that is declared, student projects left out
 
@@ -115,6 +120,36 @@ def claim_lines(tables: Mapping[str, Mapping]) -> list[str]:
         else:
             lines.append(f"{name}, claims: {len(signs)}, published {' '.join(dict.fromkeys(signs))}: not tested; "
                          f"run {command(one.name)}")
+    return lines
+
+
+def by_cell(name: str, tables: Mapping[str, Mapping], runs: Mapping[str, Mapping]) -> pd.DataFrame:
+    """Return the greedy accuracy in per cent of every run (row, seed) of an experiment on the questions of L1 and L2,
+    by cell of the chain questions (their first word decides the cell); "other" holds all other types."""
+    verbs, parts = {verb: cell for cell, verb in CELLS.items()}, []
+    first = runs[next(file for files in tables[name]["runs"].values() for file in files.values())]
+    for split in ("L1", "L2"):
+        records = limited(read_records(resolve(f"data/toyvideoqa/{split}.jsonl")), first["config"]["eval_limit"])
+        cells = [verbs.get(one.question.split()[0], "other") if one.question_type in ("tally", "cell", "since")
+                 else "other" for one in records]
+        parts += [pd.DataFrame({"row": row, "seed": int(seed), "cell": cells, "x": mean_answers([runs[file]], split)})
+                  for row, files in tables[name]["runs"].items() for seed, file in files.items()]
+    found = pd.concat(parts).groupby(["row", "seed", "cell"], sort=False)["x"].mean()
+    return found.unstack("cell").sort_index(axis=1)
+
+
+def robust_lines(results: Path) -> list[str]:
+    """Return one line for each method of `robust`: over its settings, the worst and the median accuracy at temperature 1
+    and how many come within three points of its best; means over seeds, in brackets the paired difference from GRPO."""
+    lines, table = [], robust_table(results)
+    for method, found in table.groupby("method", sort=False):
+        parts = []
+        for line, scale, unit in zip(found.to_dict("records"), (100, 100, 9), (" %", " %", " of 9 near its best")):
+            gap = "" if method == "GRPO" or not line["over GRPO ci"] else " ({:+.0f} [{:.0f}, {:.0f}])".format(
+                *(scale * value for value in (line["over GRPO"], *line["over GRPO ci"])))
+            name = "" if line["figure"].startswith("near") else f"{line['figure']} "
+            parts.append(f"{name}{scale * line['mean']:.0f}{unit}{gap}")
+        lines.append(f"{method} (n = {found['n'].iloc[0]}): {', '.join(parts)}")
     return lines
 
 

@@ -303,7 +303,8 @@ def as_table(found: Mapping) -> str:
 def claims_frame(claims: Sequence[Claim]) -> pd.DataFrame:
     r"""Return claims as text cells, one line each."""
     return pd.DataFrame([{
-        "paper": c.paper, "claim": c.text, "verdict": c.verdict + (f" (as in {c.repeats})" if c.repeats else ""),
+        "paper": c.paper, "claim": c.text, "verdict": c.verdict + (
+            f" ({'as' if c.effect is not None else 'but see the same comparison'} in {c.repeats})" if c.repeats else ""),
         "difference": "-" if c.effect is None else f"{c.effect:+.1f}", "over seeds, corrected": _interval(c.interval),
         "by clip": _interval(c.by_clip), "at temperature 1": f"{c.sampled['mean']:+.1f} "
         f"{_interval(c.sampled['ci_corrected'])}" if c.sampled else "-",

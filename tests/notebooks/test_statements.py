@@ -1,6 +1,7 @@
 """Statements that notebooks and pages make: each is computed here anew, so that an incorrect one fails."""
 
 import json
+import random
 import re
 import sys
 from functools import cache
@@ -761,6 +762,47 @@ def test_05_one_comparison_in_three_tables_is_counted_once():
     assert "22 claims, 19 different comparisons" in outputs("05")
     twice = ("Reg-GRPO over GRPO", "Reg-GRPO + DA over Reg-GRPO", "Reg-GRPO + DA over Reg-GRPO")  # tables 5, 7, 8
     assert 22 - len(twice) == 19 and "stands in tables 4, 7 and 8" in source("05")
+
+
+def openings(row: str) -> str:
+    """In how many recorded runs of `variants` the questions of A1 to A4 are mostly correct, read from the run files."""
+    first, learned = {"Say", "Show", "Name", "Report"}, []  # the verbs of A1 to A4
+    used = json.loads((ROOT / "data/results/variants/aggregate.json").read_text(encoding="utf-8"))["runs"][row]
+    for file in used.values():
+        run, correct = json.loads((ROOT / "data/results" / file).read_text(encoding="utf-8")), []
+        for split in ("L1", "L2"):
+            lines = (ROOT / f"data/toyvideoqa/{split}.jsonl").read_text(encoding="utf-8").splitlines()
+            asked = sorted(random.Random("evaluation").sample(range(len(lines)), 600))
+            rows = [json.loads(lines[i]) for i in asked]
+            correct += [answer == "1" for row, answer in zip(rows, run["answers"][split], strict=True)
+                        if row["question_type"] in ("tally", "cell", "since") and row["problem"].split()[0] in first]
+        learned.append(np.mean(correct) > 0.5)
+    return f"{sum(learned)} of {len(learned)}"
+
+
+def difference(name: str, row: str, rival: str) -> str:
+    """A recorded difference with its corrected interval, such as "-2.0 [-5.8, 1.8]"."""
+    found = json.loads((ROOT / f"data/results/{name}/aggregate.json").read_text(encoding="utf-8"))["differences"]
+    cell = next(one["mean"] for one in found if (one["row"], one["rival"]) == (row, rival))
+    return "{:+.1f} [{:.1f}, {:.1f}]".format(cell["mean"], *cell["ci_corrected"])
+
+
+def test_what_is_said_about_the_openings_in_the_mixture():
+    plain, hinted, mixed = (openings(f"GRPO, {name}") for name in ("plain", "hinted", "mixed"))
+    assert f"learned in {plain} runs when *plain*, in {hinted} when *hinted*, in {mixed} when *mixed*" in source("05")
+    assert f"learns them in {openings('GRPO, resampled')}" in source("05")
+    assert f"in {plain} runs when plain, in {hinted} when hinted, in {mixed} when mixed" in source("03")
+    assert (f"in {openings('Reg-GRPO, hinted')} runs when hinted, in {openings('Reg-GRPO, plain')} when plain"
+            in source("04"))
+    page = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"questions in {plain} runs without augmentation, in {hinted} with *hinted*, in {mixed} with *mixed*" in page
+
+
+@pytest.mark.parametrize(("row", "rival"), [("GRPO + DA", "GRPO"), ("Reg-GRPO", "GRPO"), ("Reg-GRPO + DA", "Reg-GRPO")])
+def test_what_is_said_about_table_4(row, rival):
+    pages = [source("05"), (ROOT / "README.md").read_text(encoding="utf-8"),
+             (ROOT / "data/results/PROTOCOL.md").read_text(encoding="utf-8")]
+    assert all(difference("table4", row, rival).removeprefix("+") in page for page in pages)
 
 
 # 06 ------------------------------------------------------------------------------------------------------------------
