@@ -62,9 +62,8 @@ def train_command(arguments: Sequence[str]) -> int:
 
     config_file, resume, overrides = parse_training(arguments)
     if resume is not None:
-        if config_file or overrides.keys() - {"reward"}:
-            given = ", ".join(overrides.keys() - {"reward"}) or "config"
-            raise ConfigError(f"--resume keeps the run's own config: leave out {given}")
+        if given := ["config"] * bool(config_file) + sorted(overrides.keys() - {"reward", "max_broken_share"}):
+            raise ConfigError(f"--resume keeps the run's own config: leave out {', '.join(given)}")
         if not (Path(resume) / "config.yaml").is_file():
             raise ConfigError(f"{resume} holds no run to resume (no config.yaml): give the folder of an earlier --out")
         if finished_run(Path(resume)):
@@ -193,14 +192,15 @@ def evaluate_command(arguments: Sequence[str]) -> int:
     from .run import load_policy, policy_config, versions
     from .scale.check import print_notes
     from .scale.datasets import read_any
-    from .words import accuracy_table, change_in_words, clips_needed
+    from .words import accuracy_table, change_in_words, clips_needed, reward_in_words
 
     options = _evaluate_options(arguments)
     if options.compare:
         *summaries, change, differing = compare_saved(*options.compare)
         if differing:
             print(f"note: the two were asked with another {', '.join(differing)}", file=sys.stderr)
-        print(f"{change_in_words(*summaries, change)}\n{clips_needed(change['ci95'], change['clips'])}")
+        print(change_in_words(*summaries, change), *reward_in_words(*summaries, change.get("task_reward")), sep="\n")
+        print(clips_needed(change["ci95"], change["clips"]) if change["differing"] else "no answer differs")
         return 0
     overrides = {"eval_limit": options.limit, "eval_temperature": options.temperature, "eval_batch": options.batch,
                  "eval_samples": options.samples, "seed": options.seed, "out": options.out}
@@ -473,7 +473,8 @@ def check_command(arguments: Sequence[str]) -> int:
         chosen = records[::-(-len(records) // options.limit)] if options.limit else records
         report = check_records(chosen, config.num_frames, config.frame_size, decode=not options.fast, errors=errors)
         sound = sound and report.ok
-        print("\n" * (len(files) > 1) + f"{file}: " * (len(options.data) > 1) + format_report(report))
+        print("\n" * (len(files) > 1) + f"{file}: " * (len(options.data) > 1)
+              + format_report(report, max_broken_share=config.max_broken_share))
         print_notes(chosen, config)
         for (record, frames), number in zip(examples(chosen, config.num_frames, config.frame_size), numbers):
             print(f"\n{show_record(record)}")

@@ -12,8 +12,8 @@ from typing import Annotated
 from pydantic import BaseModel
 
 from .errors import RecordError
-from .fields import (LETTERS, FieldError, FullText, MediaPath, Options, Seconds, Text, between, choose_letter,
-                     glue_spans, one_of, read_rows)
+from .fields import (LETTERS, DistinctOptions, FieldError, FullText, MediaPath, Options, Seconds, Text, between,
+                     choose_letter, glue_spans, one_of, read_rows)
 
 CHOICE_TYPES = ("multiple choice", "grounding")
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression", "exact", "grounding")
@@ -129,7 +129,7 @@ class OwnClips(BaseModel, extra="forbid"):
     video: MediaPath
     question: FullText
     answer: FullText
-    options: Options = ()
+    options: DistinctOptions = ()
 
     def record(self, where: str) -> Record:
         kind = "multiple choice" if self.options else "exact"

@@ -271,8 +271,9 @@ def _per_question(rows: Iterable[dict], key: str) -> dict[int, tuple[float, str,
 
 
 def compare_saved(before: str | Path, after: str | Path) -> tuple[dict, dict, dict, list[str]]:
-    r"""Return both summaries, the paired change of two evaluations saved by `evaluate`, and in which of `ASKED_WITH`,
-    temperature and samples they differ.
+    r"""Return both summaries, the paired change of two evaluations saved by `evaluate`, with that of a reward of your
+    own as `task_reward` and the number of answers that are not the same as `differing`, and in which of `ASKED_WITH`,
+    temperature, samples and reward they differ.
 
     Raises `ConfigError` if a folder holds no finished evaluation, or the two asked different questions.
     """
@@ -290,8 +291,11 @@ def compare_saved(before: str | Path, after: str | Path) -> tuple[dict, dict, di
                           f"evaluate both with the same --data and --limit")
     old, new = (json.loads((Path(folder) / "evaluation.json").read_text(encoding="utf-8"))
                 for folder in (before, after))
-    differing = [name for name in (*ASKED_WITH, "temperature", "samples") if old.get(name) != new.get(name)]
-    return *summaries, paired_change(*rows), differing
+    differing = [name for name in (*ASKED_WITH, "temperature", "samples", "reward") if old.get(name) != new.get(name)]
+    own = {"task_reward": paired_change(*rows, "task_reward")} if all("task_reward" in one for one in summaries) else {}
+    said = [{(row["index"], row["sample"], row.get("accuracy"), row.get("task_reward"),
+              replace(parse_completion(row.get("completion")), think="")) for row in part} for part in rows]
+    return *summaries, paired_change(*rows) | own | {"differing": len(said[1] - said[0])}, differing
 
 
 def claim_folder(out: Path, settings: dict) -> None:

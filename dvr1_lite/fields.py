@@ -61,6 +61,14 @@ def remove_labels(options: tuple[str, ...]) -> tuple[str, ...]:
     return texts
 
 
+def distinct(options: tuple[str, ...]) -> tuple[str, ...]:
+    r"""Refuse options of which two are the same: only one of their letters would count as correct."""
+    twice = [option for option in options if options.count(option) > 1]
+    if twice:
+        raise ValueError(f"holds {twice[0][:40]!r} {len(twice)} times; make the options different")
+    return options
+
+
 def path_below(text: str, info: ValidationInfo) -> Path:
     r"""Return a path below the data root `info.context["root"]`: not absolute, no URL, no `..`, no link out of it."""
     root, windows = info.context["root"], PureWindowsPath(text)  # which knows / and \ and drive letters alike
@@ -76,6 +84,7 @@ Stripped = Annotated[str, Field(coerce_numbers_to_str=True), StringConstraints(s
 Text = Annotated[Stripped, AfterValidator(plain_text)]
 FullText = Annotated[Stripped, StringConstraints(min_length=1), AfterValidator(plain_text)]
 Options = Annotated[tuple[Text, ...], AfterValidator(remove_labels)]
+DistinctOptions = Annotated[Options, AfterValidator(distinct)]  # published data sets hold a few that are not
 Seconds = Annotated[float, Field(allow_inf_nan=False)]
 Spans = tuple[Annotated[tuple[Seconds, Seconds], AfterValidator(check_span)], ...]
 SPANS = TypeAdapter(Spans)

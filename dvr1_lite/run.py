@@ -1,13 +1,15 @@
 r"""A whole training in one folder: evaluate, train, evaluate again, and resume after any interruption.
 
-The folder holds `config.yaml`, `metrics.jsonl` (one line a step), `checkpoints/`, `evaluation/` (the answers before and
-after), `adapter/` (peft's format), `summary.json` and, with a reward of your own, `reward.json`. Killed at any moment,
-the run resumes from its newest checkpoint with the same numbers as if it had never stopped.
+The folder holds `config.yaml`, `records.json` (what the records are recognised by), `metrics.jsonl` (one line a step),
+`checkpoints/`, `evaluation/` (the answers before and after), `adapter/` (peft's format), `summary.json` and, with a
+reward of your own, `reward.json`. Killed at any moment, the run resumes from its newest checkpoint with the same
+numbers as if it had never stopped.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -53,7 +55,8 @@ def train(config: TrainConfig, records: Sequence[Record], evaluations: Mapping[s
     evaluations: records by name, answered before and after (`eval_limit` of each). trainer: the class that makes the
     steps, such as a variant of the augmentation. scoring: the reward that `config.reward` names, loaded by
     `own_reward.load_reward`, which runs its file. progress: show live bars. resume: continue what is in `config.out` if
-    there is something (the same config, `out` apart), else begin; without it a folder that holds a run is refused.
+    there is something (with the same records and the same config, apart from `out` and `max_broken_share`), else begin;
+    without it a folder that holds a run is refused.
     `before` and `after` map each evaluation's name to accuracy, ci95, n and by_type; `change` holds their paired
     difference. Ctrl-C finishes the step, saves, and returns the summary so far with `complete` false; a second Ctrl-C
     stops at once, and the newest checkpoint counts. Either way the same call with `resume` continues.
@@ -64,6 +67,10 @@ def train(config: TrainConfig, records: Sequence[Record], evaluations: Mapping[s
     finished = finished_run(out)
     if finished:
         return finished
+    known = out / "records.json"
+    if known.exists() and json.loads(known.read_text(encoding="utf-8"))["sha256"] != fingerprint(records):
+        raise ConfigError(f"the records in {config.train_file} have changed since {out} began: put the file back, or "
+                          f"give another --out")
     run = Run(config, trainer(config, records, load_policy(config), scoring), evaluations or {}, progress, scoring)
     try:
         run.begin()
@@ -80,10 +87,20 @@ def train(config: TrainConfig, records: Sequence[Record], evaluations: Mapping[s
     if stopped and run.main:
         when = (f"after step {run.saved} of {config.steps}, which is saved" if run.saved else
                 f"before the first of {config.steps} steps was saved")
-        reward = f" --reward {config.reward}" if config.reward else ""
-        print(f"Stopped {when}. To resume: python -m dvr1_lite train --resume {out}{reward}, or in Python train(..., "
-              f"resume=True)")
+        print(f"Stopped {when}. To resume: {resuming(config)}, or in Python train(..., resume=True)")
     return summary
+
+
+def resuming(config: TrainConfig) -> str:
+    r"""Return the command that resumes a run."""
+    return f"python -m dvr1_lite train --resume {config.out}" + (f" --reward {config.reward}" if config.reward else "")
+
+
+def fingerprint(records: Sequence[Record]) -> str:
+    r"""Return the SHA-256 of what records ask, what is correct, and their clips' names; folders may be moved."""
+    facts = [(one.question, one.options, one.answer, one.problem_type, one.spans, Path(one.clip_id).name)
+             for one in records]
+    return hashlib.sha256(repr(facts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def finished_run(out: Path) -> dict:
@@ -149,8 +166,8 @@ def check_folder(config: TrainConfig, out: Path, resume: bool, scoring: OwnRewar
     check_same_reward(scoring, config.reward, out)
     if (out / "config.yaml").exists():
         saved = load_config(out / "config.yaml")
-        names = [field.name for field in fields(TrainConfig) if field.name not in ("out", "reward")]
-        changed = [name for name in names if getattr(config, name) != getattr(saved, name)]
+        names = {field.name for field in fields(TrainConfig)} - {"out", "reward", "max_broken_share"}
+        changed = sorted(name for name in names if getattr(config, name) != getattr(saved, name))
         if changed:
             values = ", ".join(f"{n} was {getattr(saved, n)!r}, now {getattr(config, n)!r}" for n in changed[:3])
             raise ConfigError(f"{out} holds a run with another config ({values}): resume it unchanged, or give another "
@@ -188,9 +205,15 @@ class Run:
         with stop_request() as stop, tqdm(total=config.steps, initial=trainer.steps, desc=config.method,
                                           **({} if self.progress else {"disable": True})) as bar:
             while not (trainer.done or any(gather(stop.is_set()))):
-                with within_memory(f"step {trainer.steps + 1}", "give a smaller micro_batch or gradient_checkpointing: "
-                                   f"true in {self.out / 'config.yaml'}, then continue with --resume {self.out}"):
-                    line = trainer.step()
+                try:
+                    with within_memory(f"step {trainer.steps + 1}", f"give a smaller micro_batch or "
+                                       f"gradient_checkpointing: true in {self.out / 'config.yaml'}, then continue "
+                                       f"with --resume {self.out}"):
+                        line = trainer.step()
+                except ClipError as error:
+                    raise ClipError(f"{error}. Fix the clips, or raise it: {resuming(config)} --max-broken-share "
+                                    f"{min(0.99, 2 * config.max_broken_share + 0.1):.2g}; to leave clips out of "
+                                    f"{config.train_file}, begin with another --out") from error
                 self._record(line)
                 bar.update()
                 bar.set_postfix(reward=f"{line['reward']:.2f}", vanishing=f"{line['vanishing']:.2f}")
@@ -260,6 +283,8 @@ class Run:
         def write() -> None:
             remove_unfinished(self.out)
             save_reward(self.scoring, self.out)
+            digest = fingerprint(self.trainer.records)
+            write_atomically(self.out / "records.json", json.dumps({"sha256": digest}) + "\n")
             write_atomically(self.out / "config.yaml", to_yaml(self.config))
             lines = [json.dumps(line) + "\n" for line in read_lines(self.out / "metrics.jsonl")][:self.saved]
             if len(lines) != self.saved:

@@ -271,7 +271,7 @@ class Trainer:
         share, tried = self.config.max_broken_share, tried or self.position
         if self.skipped > share * max(tried, LEAST_TRIES):
             raise ClipError(f"{self.skipped} of the {tried} records tried have clips that cannot be read, more than "
-                            f"max_broken_share = {share}. Fix or leave out the clips, or raise it. The last: {error}")
+                            f"max_broken_share = {share}. The last: {error}")
 
     @property
     def done(self) -> bool:

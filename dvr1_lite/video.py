@@ -61,8 +61,8 @@ def read_clip(path: str | os.PathLike, num_frames: int, size: tuple[int, int] | 
     probe = probe_clip(path, timeout=timeout)
     total, duration = len(probe.starts), probe.duration
     if total < num_frames:
-        raise ClipError(f"{path}: the clip has {total} frames but {num_frames} are asked for; sample at most {total} "
-                        f"frames or leave the clip out")
+        raise ClipError(f"{path}: the clip has {total} frame{'s' * (total != 1)} but {num_frames} are asked for; "
+                        f"sample at most {total} or leave the clip out")
     seconds = [(k + 0.5) * duration / num_frames for k in range(num_frames)]
     on_screen = [max(bisect_right(probe.starts, second + CLOCK_TOLERANCE) - 1, 0) for second in seconds]
     frames = read_frames(path, on_screen, lambda picture: _to_float(picture, size), backend=backend, timeout=timeout)

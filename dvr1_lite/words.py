@@ -66,6 +66,9 @@ def run_in_words(summary: Mapping, out: str, figures: Sequence = ()) -> str:
     if summary.get("reward_errors"):
         lines.append(f"your reward failed for {plural(summary['reward_errors'], 'completion')} of the training, which "
                      f"got 0 for it")
+    if summary["skipped_clips"]:
+        lines.append(f"{plural(summary['skipped_clips'], 'prompt')} skipped, as the clip cannot be read; the first: "
+                     f"{summary['skipped_examples'][0]}")
     if figures:
         lines.append("figures: " + ", ".join(map(str, figures)))
     if summary["step"]:
@@ -82,10 +85,8 @@ def changes_table(summary: Mapping) -> str:
             lines.append(f"{name}: {100 * after['accuracy']:.1f} % ({asked})")
             continue
         lines.append(f"{name}: {change_in_words(summary['before'][name], after, summary['change'][name])}")
-        if own := summary.get("reward_change", {}).get(name):
-            lines.append(f"{name}, your reward: {100 * summary['before'][name]['task_reward']:.1f} -> "
-                         f"{100 * after['task_reward']:.1f} %, change {100 * own['change']:+.1f} "
-                         f"{in_per_cent(own['ci95'], '+')} points")
+        own = summary.get("reward_change", {}).get(name)
+        lines += [f"{name}, {line}" for line in reward_in_words(summary["before"][name], after, own)]
     return "\n".join(lines) or "no evaluation files: nothing was evaluated"
 
 
@@ -94,6 +95,13 @@ def change_in_words(before: Mapping, after: Mapping, change: Mapping) -> str:
     return (f"{100 * before['accuracy']:.1f} -> {100 * after['accuracy']:.1f} %, change {100 * change['change']:+.1f} "
             f"{in_per_cent(change['ci95'], '+')} points (95 %, paired, by clip; n = {change['n']} on "
             f"{plural(change['clips'], 'clip')}), format {100 * after['format_rate']:.1f} %")
+
+
+def reward_in_words(before: Mapping, after: Mapping, change: Mapping | None) -> list[str]:
+    r"""Return a line with your reward before and after and its paired change, in per cent; [] without a change."""
+    return [] if change is None else [
+        f"your reward: {100 * before['task_reward']:.1f} -> {100 * after['task_reward']:.1f} %, change "
+        f"{100 * change['change']:+.1f} {in_per_cent(change['ci95'], '+')} points"]
 
 
 def in_per_cent(interval: Sequence[float], sign: str = "") -> str:

@@ -3,6 +3,7 @@ their clip, and how much smaller the frames get. One clip is open at a time, and
 """
 
 import contextlib
+import hashlib
 import itertools
 import os
 import re
@@ -103,8 +104,8 @@ def _open_media(path: Path, is_clip: bool, num_frames: int, frame_size: int, dec
         if decode:
             read_clip(path, num_frames, size)
         elif len(probe.starts) < num_frames:
-            raise ClipError(f"{path}: the clip has {len(probe.starts)} frames but {num_frames} are asked for; sample "
-                            f"fewer")
+            raise ClipError(f"{path}: the clip has {plural(len(probe.starts), 'frame')} but {num_frames} are asked "
+                            f"for; sample fewer")
         return Media(probe.width, probe.height, probe.duration)
     if decode:
         read_image(path, size)
@@ -115,9 +116,9 @@ def _open_media(path: Path, is_clip: bool, num_frames: int, frame_size: int, dec
         raise ClipError(f"{path}: not a readable picture; download or save it again") from error
 
 
-def format_report(report: Report, examples: int = 10) -> str:
+def format_report(report: Report, examples: int = 10, max_broken_share: float = 1.0) -> str:
     r"""Return the report as text: counts, the five most frequent sizes, then each kind of problem with its first
-    `examples` cases."""
+    `examples` cases, and whether more of the records than `max_broken_share` have files that cannot be read."""
     lines = [f"{plural(len(report.records), 'record')}, {len(report.media)} readable "
              f"{'clip or picture' if len(report.media) == 1 else 'clips and pictures'}"]
     for kind in ("problem_type", "question_type"):
@@ -127,11 +128,12 @@ def format_report(report: Report, examples: int = 10) -> str:
     for (width, height), count in sizes.most_common(5):
         shape = "" if width == height else f", aspect ratio {width / height:.2f} squeezed to 1"
         lines.append(f"  {count} of {width} x {height} pixels are shown as {shown}{shape}")
-    lines += [f"  and {len(sizes) - 5} other sizes are shown as {shown}"] * (len(sizes) > 5)
+    lines += [f"  and {plural(len(sizes) - 5, 'other size')} shown as {shown}"] * (len(sizes) > 5)
     if lengths := [media.duration for media in report.media.values() if media.duration]:
-        low, high, count = min(lengths), max(lengths), report.num_frames
-        lines.append(f"  clips of {low:.1f} to {high:.1f} s: {count} frames are one every {low / count:.1f} to "
-                     f"{high / count:.1f} s")
+        ends, count = sorted({min(lengths), max(lengths)}), report.num_frames
+        long, apart = (" to ".join(dict.fromkeys(f"{end:{'.1f' if end >= 0.1 else '.1g'}}" for end in found))
+                       for found in (ends, [end / count for end in ends]))
+        lines.append(f"  clips of {long} s: {plural(count, 'frame')}, one every {apart} s")
     lines += reward_lines(report.records) if report.records else []
     problems = {"unreadable records": report.record_errors, "missing files": report.missing,
                 "undecodable files": report.undecodable, "spans without a second in their clip": report.span_errors,
@@ -145,6 +147,10 @@ def format_report(report: Report, examples: int = 10) -> str:
         if title == "unreadable records" and found:
             lines.append("  your own clips need the fields video, question, answer and, for answers to choose from, "
                          "options; no others")
+    broken = len({name for name, _ in report.missing + report.undecodable}) / max(1, len(report.records))
+    if broken > max_broken_share:
+        lines.append(f"{100 * broken:.0f} % of the records have files that cannot be read, and a run ends above "
+                     f"max_broken_share = {100 * max_broken_share:.0f} %: fix them or leave them out")
     return "\n".join(lines)
 
 
@@ -167,7 +173,8 @@ def reward_lines(records: Sequence[Record]) -> list[str]:
 def _named(records: Sequence[Record]) -> str:
     r"""Return how many records these are, and their lines or, without line numbers, the first one's name."""
     numbers = [int(match[1]) for record in records if (match := re.search(r", line (\d+)$", record.record_id))]
-    place = f"lines {ranges(numbers)}" if len(numbers) == len(records) else f"the first is {records[0].record_id}"
+    place = (f"line{'s' * (len(numbers) > 1)} {ranges(numbers)}" if len(numbers) == len(records) else
+             f"the first is {records[0].record_id}")
     return f"{plural(len(records), 'record')}, {place if len(place) <= 80 else place[:77] + '...'}"
 
 
@@ -182,18 +189,27 @@ def _joined(problems: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def shared_clips(files: Mapping[str, Sequence[Record]]) -> list[str]:
-    r"""Return a sentence for each two of these files, by name, with questions about one clip."""
-    clips = {name: {record.clip.resolve() for record in records if record.clip} for name, records in files.items()}
-    return [f"{first} and {second} share {plural(len(both), 'clip')}, such as {min(both)}: split by clip, or the "
-            f"accuracy means little" for first, second in itertools.combinations(clips, 2)
-            if (both := clips[first] & clips[second])]
+    r"""Return a sentence for each two of these files, by name, with questions about one clip, or about copies of it."""
+    paths = {name: {record.clip.resolve() for record in records if record.clip} for name, records in files.items()}
+    sizes = {path: path.stat().st_size for path in set().union(*paths.values()) if path.is_file()}
+    counts, same = Counter(sizes.values()), {}
+    for path, size in sizes.items():
+        if counts[size] > 1:
+            with contextlib.suppress(OSError), open(path, "rb") as file:  # an unreadable one is named where it is read
+                same[path] = hashlib.file_digest(file, "sha256").hexdigest()
+    clips = {name: {same.get(path, str(path)): path for path in sorted(found, reverse=True)}
+             for name, found in paths.items()}
+    return [f"{first} and {second} share {plural(len(both), 'clip')}, such as {clips[first][one]}"
+            + f" (its copy is {clips[second][one]})" * (clips[first][one] != clips[second][one])
+            + ": split by clip, or the accuracy means little" for first, second in itertools.combinations(clips, 2)
+            if (both := clips[first].keys() & clips[second].keys()) and (one := min(both, key=clips[first].get))]
 
 
 def print_notes(records: Sequence[Record], config: TrainConfig, tokenizer=None) -> None:
     r"""Print to stderr what of these records the model cannot know or see well; nothing if all is well."""
     model, side, count = resolve(config.model), config.frame_size, config.num_frames
     tokenizer = tokenizer or load_tokenizer(model if model.exists() else config.model, config.local_files_only)
-    words = unknown_words(tokenizer, *{prompt_text(record) for record in records})
+    words = unknown_words(tokenizer, *{f"{prompt_text(record)} {record.answer}" for record in records})
     if words:
         more = f" and {plural(len(words) - 8, 'more word')}" if len(words) > 8 else ""
         print(f"note: the model has never seen {', '.join(words[:8])}{more}; do not expect much of its answers",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,6 +54,9 @@ class Rule:
 
 FEW = f"fewer than {100 * SPREAD:.0f} % of the groups have different rewards, and"
 RULES = (  # the first that applies is the verdict
+    Rule("fix or leave out the broken clips first", "a larger share of the clips than max_broken_share, which ends a "
+         "run, cannot be read", lambda share: share["broken"] > share["max_broken_share"],
+         "python -m dvr1_lite check --data FILE names all of them"),
     Rule("fix the prompt or format first", f"more than {100 * TRUNCATED:.0f} % of the completions reach max_new_tokens",
          lambda share: share["truncated"] > TRUNCATED,
          "raise --max-new-tokens, or ask for shorter reasoning in --instruction"),
@@ -63,25 +67,29 @@ RULES = (  # the first that applies is the verdict
     Rule("SFT first", f"fewer than {100 * SUCCESS:.0f} % of the completions succeed",
          lambda share: share["success"] < SUCCESS,
          "fine-tune the model on solved examples, or ask questions that it can sometimes answer"),
-    Rule("use easier questions", f"{FEW} more of the others are all incorrect than all correct",
+    Rule("use easier questions", f"{FEW} more of the others fail than succeed",
          lambda share: share["spread"] < SPREAD and share["unsolved"] > 0,
          "give options, divide the questions into parts, or raise --group-size"),
-    Rule("use harder questions", f"{FEW} at least as many of the others are all correct as all incorrect",
+    Rule("use harder questions", f"{FEW} at least as many of the others succeed as fail",
          lambda share: share["spread"] < SPREAD,
          "leave out the questions that every completion answers, or ask them without options"),
     Rule("train", f"at least {100 * SPREAD:.0f} % of the groups have different rewards, and no other rule applies",
          lambda share: True, "python -m dvr1_lite train with this config"))
 NO_VIDEO = ("the answers do not measurably depend on the video (the interval with another clip holds 0): look whether "
             "your questions can be answered without it")
+DISAGREE = ("the controls disagree: the interval with another clip holds 0, but the own clip is better than {}; raise "
+            "--prompts, and look whether your clips resemble each other")
 GUESSED = ("the success is not measurably above that of guessing an option: look whether the frames show what you ask "
            "(check --out DIR)")
 MERGE_FIRST = "merge the adapter (python -m dvr1_lite merge), then give the merged folder as --model"
 
 
 def judge(found: Mapping) -> list[Rule]:
-    r"""Return the first rule that applies to the measured shares, then those that apply with one share at an end of its
-    95 % interval; if their verdicts differ, the pilot was too small to decide."""
-    measured = {name: found[name]["rate"] for name in DECIDING}
+    r"""Return the first rule that applies to the measured shares, then those that apply with one of `DECIDING` at an
+    end of its 95 % interval; if their verdicts differ, the pilot was too small to decide."""
+    measured = {name: found[name]["rate"] for name in DECIDING} | {
+        "broken": len(found["broken"]) / (len(found["broken"]) + found["prompts"]),
+        "max_broken_share": found["max_broken_share"]}
     moved = [measured | {name: end} for name in DECIDING for end in found[name]["ci95"]]
     return list(dict.fromkeys(next(rule for rule in RULES if rule.applies(share)) for share in [measured, *moved]))
 
@@ -94,15 +102,16 @@ def succeeded(one: Score) -> bool:
     return one.format == 1.0 and (one.task if isinstance(one, OwnScore) else one.accuracy) >= 0.5
 
 
-def expected_vanishing(successes: Sequence[int], count: int, group_size: int) -> float | None:
-    r"""Estimate the mean over prompts of $p^G + (1-p)^G$ (Eq. 01.3) from k successes of n = `count` completions each.
+def expected_vanishing(rewards: Sequence[Sequence[float]], group_size: int) -> float | None:
+    r"""Estimate the probability that a group of G has equal rewards, the mean over prompts, from n rewards of each.
 
-    $\binom{k}{G} / \binom{n}{G}$ is an unbiased estimate of $p^G$, which $(k / n)^G$ is not; None where G > n.
+    $\sum_v \binom{k_v}{G} / \binom{n}{G}$, with $k_v$ rewards of the value v, is an unbiased estimate of
+    $\sum_v p_v^G$; for two values that is $p^G + (1-p)^G$ (Eq. 01.3). None where G > n.
     """
-    if group_size > count:
+    if group_size > len(rewards[0]):
         return None
-    ways = math.comb(count, group_size)
-    return fmean((math.comb(k, group_size) + math.comb(count - k, group_size)) / ways for k in successes)
+    return fmean(sum(math.comb(k, group_size) for k in Counter(values).values()) / math.comb(len(values), group_size)
+                 for values in rewards)
 
 
 def ask(trainer: Trainer, name: str, records: Sequence[Record], size: int, shown: Sequence[Record] | None = None,
@@ -145,11 +154,12 @@ def pilot(config: TrainConfig, records: Sequence[Record], *, prompts: int = 50, 
 
     if prompts < 1 or completions < 2:
         raise ConfigError(f"a pilot of {prompts} prompts with {completions} completions: give at least 1 and 2")
-    made = trainer(config, records, load_policy(config, adapter), timed_reward if scoring else None)
+    tolerant = replace(config, max_broken_share=0.999)  # broken clips end a run, not its pilot
+    made = trainer(tolerant, records, load_policy(config, adapter), timed_reward if scoring else None)
     groups, broken = ask(made, "completions", limited(records, prompts), completions, progress=progress)
     found = {"model": config.model, "adapter": adapter, "data": config.train_file, "records": len(records),
              "prompts": len(groups), "broken": broken, "completions": completions, "video": {},
-             "reward": scoring.name if scoring else "",
+             "reward": scoring.name if scoring else "", "max_broken_share": config.max_broken_share,
              **{name: getattr(config, name) for name in ("group_size", "steps", "prompts_per_step")}}
     found |= describe(groups, config.group_size)
     filmed = [group for group in groups if group.record.clip is not None]
@@ -161,7 +171,8 @@ def pilot(config: TrainConfig, records: Sequence[Record], *, prompts: int = 50, 
     found |= measure_step(made, groups, questions)
     rules, another, least = judge(found), found["video"].get("another clip"), found["success"]["ci95"][0]
     chosen = found["guessing"]["n"] == len(groups) and not scoring
-    notes = {NO_VIDEO: another is not None and another["ci95"][0] <= 0 < least,
+    better = " and ".join(name for name, facts in found["video"].items() if facts["ci95"][0] > 0)
+    notes = {DISAGREE.format(better) if better else NO_VIDEO: another is not None and another["ci95"][0] <= 0 < least,
              GUESSED: chosen and least <= found["guessing"]["rate"]}
     advice = MERGE_FIRST if adapter and rules[0] is RULES[-1] else rules[0].advice
     return found | {"notes": [note for note, holds in notes.items() if holds], "advice": advice, "rule": rules[0].when,
@@ -193,19 +204,21 @@ def describe(groups: Sequence[Group], group_size: int) -> dict:
     r"""Compute what groups of n completions tell: rates with intervals, spread of rewards, lengths, two completions."""
     clips, count = [group.record.clip_id for group in groups], len(groups[0].scores)
     successes = [sum(map(succeeded, group.scores)) for group in groups]
+    rewards = [[round(one.total, 6) for one in group.scores] for group in groups]
+    spread = [float(len(set(values)) > 1) for values in rewards]
+    solved = [float(k == count) * (1 - different) for k, different in zip(successes, spread)]
+    failed = [1 - different - one for different, one in zip(spread, solved)]
     shares = {"format": [fmean(one.format for one in group.scores) for group in groups],
               "success": [k / count for k in successes],
               "truncated": [1 - fmean(group.finished) for group in groups],
-              "spread": [float(max(s.total for s in group.scores) - min(s.total for s in group.scores) > 1e-6)
-                         for group in groups],
-              "unsolved": [(k == 0) - (k == count) for k in successes]}  # all incorrect less all correct
+              "spread": spread, "all_correct": solved, "all_incorrect": failed,
+              "unsolved": [no - yes for yes, no in zip(solved, failed)]}
     rates = {name: {"rate": fmean(values), "ci95": list(mean_interval(values, clips, -(name == "unsolved"), 1.0))}
              for name, values in shares.items()}
     options = [len(group.record.options) for group in groups if group.record.options]
     malformed = next((text for group in groups for text, one in zip(group.texts, group.scores) if not one.format), None)
     return rates | {
-        "all_correct": fmean(k == count for k in successes), "all_incorrect": fmean(k == 0 for k in successes),
-        "vanishing_expected": expected_vanishing(successes, count, group_size),
+        "vanishing_expected": expected_vanishing(rewards, group_size),
         "tokens": fmean(len(tokens) for group in groups for tokens in group.tokens),
         "guessing": {"rate": fmean(1 / k for k in options) if options else 0.0, "n": len(options)},
         "examples": {"first": groups[0].texts[0], "malformed": malformed}}
@@ -228,15 +241,18 @@ def report(found: Mapping) -> str:
     share = lambda value: f"{100 * value:.0f} %"
     rate = lambda name: f"{share(found[name]['rate'])} {in_per_cent(found[name]['ci95'])}"
     expected = ("not estimated: --completions is below the group size" if found["vanishing_expected"] is None else
-                f"{share(found['vanishing_expected'])} expected from the prompts' success")
+                f"{share(found['vanishing_expected'])} expected from the prompts' rewards")
     chosen, hours, memory_gb = found["guessing"], found["hours"], found["memory_gb"]
     guessing = f"; guessing an option: {share(chosen['rate'])} (of {plural(chosen['n'], 'prompt')} with options)"
     phases = found["seconds"] | {"one training step": found["step"]["seconds"]["total"]}
     rows = {"well formed": rate("format"), "success": rate("success") + guessing * (chosen["n"] > 0),
-            "groups": f"{share(found['all_correct'])} all correct, {share(found['all_incorrect'])} all incorrect; "
-                      f"{rate('spread')} have different rewards",
+            "groups": f"{rate('spread')} have different rewards; in {share(found['all_correct']['rate'])} they are "
+                      f"equal and all succeed, in {share(found['all_incorrect']['rate'])} equal and all fail",
             f"vanishing, G = {found['group_size']}": f"{expected} (Eq. 01.3)",
             "length": f"{found['tokens']:.0f} tokens, {rate('truncated')} reach the limit"}
+    if found["broken"]:
+        rows["unreadable clips"] = (f"{len(found['broken'])} of {found['prompts'] + len(found['broken'])}; a run ends "
+                                    f"above max_broken_share = {share(found['max_broken_share'])}")
     rows |= {name: f"{share(facts['success'])} success; the own clip adds {100 * facts['difference']:+.0f} points "
                    f"{in_per_cent(facts['ci95'], '+')}" for name, facts in found["video"].items()}
     if found["reward"]:

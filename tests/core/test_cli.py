@@ -6,15 +6,17 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from dvr1_lite import __main__ as cli
 from dvr1_lite.config import TrainConfig
+from dvr1_lite.data import Record
 from dvr1_lite.files import resolve
-from dvr1_lite.words import clips_needed, completion_in_words, plural, ranges
+from dvr1_lite.run import fingerprint
+from dvr1_lite.words import clips_needed, completion_in_words, plural, ranges, run_in_words
 from tests.small_run import write_world
 
 SMALL = ["--num-frames", "4", "--steps", "2", "--prompts-per-step", "2", "--group_size=3", "--max-new-tokens", "5",
@@ -141,6 +143,41 @@ def test_a_folder_that_holds_a_run_is_refused(run, capsys):
     fails(capsys, ["train", "--resume", run.parent], "holds no run")
 
 
+def test_a_run_is_resumed_with_another_share_of_broken_clips_but_not_with_other_records(run, world, tmp_path, capsys):
+    from dvr1_lite.config import load_config
+
+    stopped = tmp_path / "stopped"
+    shutil.copytree(run, stopped)
+    (stopped / "summary.json").unlink()
+    text = (world / "records.jsonl").read_text()
+    (world / "records.jsonl").write_text("".join(text.splitlines(keepends=True)[:-1]))
+    try:
+        fails(capsys, ["train", "--resume", stopped], f"the records in {world / 'records.jsonl'} have changed since "
+              f"{stopped} began: put the file back, or give another --out")
+    finally:
+        (world / "records.jsonl").write_text(text)
+    assert cli.main(["train", "--resume", str(stopped), "--max-broken-share", "0.2"]) == 0
+    assert load_config(stopped / "config.yaml").max_broken_share == 0.2
+    (stopped / "summary.json").unlink()
+    (stopped / "records.json").unlink()  # as in a run of an earlier version
+    assert cli.main(["train", "--resume", str(stopped)]) == 0 and (stopped / "records.json").exists()
+
+
+def test_records_are_the_same_wherever_their_folder_is():
+    record = Record("r1", "what colour", ("red", "blue"), "A", "multiple choice", "colour", Path("a/0.mp4"))
+    same = replace(record, record_id="r2", clip=Path("b/0.mp4"))
+    assert fingerprint([record]) == fingerprint([same]) != fingerprint([record, same])
+    for change in ({"question": "what"}, {"answer": "B"}, {"options": ("red",)}, {"clip": Path("a/1.mp4")}):
+        assert fingerprint([replace(record, **change)]) != fingerprint([record])
+
+
+def test_a_run_ends_with_the_number_of_prompts_whose_clip_cannot_be_read(trained):
+    summary = json.loads((trained[0] / "summary.json").read_text())
+    assert "skipped" not in trained[1]
+    assert "\n2 prompts skipped, as the clip cannot be read; the first: 0.mp4: broken\n" in run_in_words(
+        summary | {"skipped_clips": 2, "skipped_examples": ["0.mp4: broken"]}, "out")
+
+
 def test_records_models_and_packages_that_are_missing_are_named(world, tmp_path, capsys, monkeypatch):
     import importlib.util
 
@@ -248,6 +285,16 @@ def test_own_records_are_evaluated_from_another_folder_and_two_evaluations_compa
     # differences 1, 0, 0 of three clips: 1/3 +- t(2) = 4.3027 times sqrt(1/3) / sqrt(3), cut to what is possible
     assert re.match(r"0.0 -> .* %, change \+33.3 \[-100.0, \+100.0\] points \(95 %, paired, by clip; n = 3 on 3 "
                     r"clips\), format 0.0 %\n3 clips cannot tell .*\n$", capsys.readouterr().out)
+    assert cli.main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "a")]) == 0
+    assert capsys.readouterr().out.endswith("\nno answer differs\n")
+    for out, values in (("a", (0.2, 0.4, 0.6)), ("b", (0.5, 0.7, 0.9))):  # 0.3 more in each clip
+        file, summary = tmp_path / out / "predictions.jsonl", tmp_path / out / "summary.json"
+        file.write_text("".join(json.dumps(json.loads(row) | {"task_reward": value}) + "\n"
+                                for row, value in zip(kept, values)))
+        summary.write_text(json.dumps(json.loads(summary.read_text()) | {"task_reward": sum(values) / 3}))
+    assert cli.main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    # all agree, t(2)^2 / (3 + t(2)^2) = 0.8606 of the way from 0.3 to each of -1 and 1
+    assert "\nyour reward: 40.0 -> 70.0 %, change +30.0 [-81.9, +90.2] points\n3 clips" in capsys.readouterr().out
     settings = tmp_path / "b" / "evaluation.json"
     settings.write_text(settings.read_text().replace('"num_frames": 4', '"num_frames": 8'))
     assert cli.main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0

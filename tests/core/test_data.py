@@ -151,6 +151,7 @@ def test_prompts_and_answers_by_hand(tmp_path):
     (CHOICE | {"problem": "half \ud800"}, "not valid JSON"),
     (CHOICE | {"options": ["A. <|video_pad|>", "B. x"]}, "field 'options[0]': holds the model's special token"),
     (CHOICE | {"options": "red"}, "field 'options': 'red' does not fit"),
+    (OWN | {"options": ["A. red", "red", "blue"]}, "field 'options': holds 'red' 2 times; make the options different"),
     (CHOICE | {"options": None}, "field 'options': 0 options; give 2 to 26"),
     (CHOICE | {"options": ["A. red"]}, "field 'options': 1 options; give 2 to 26"),
     (CHOICE | {"options": ["x"] * 27}, "27 options"),

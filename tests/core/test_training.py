@@ -479,8 +479,15 @@ def test_too_many_broken_clips_end_the_run(tmp_path):
     world = write_world(tmp_path / "world")
     for path in world.glob("*.mp4"):
         path.write_bytes(b"")
-    with pytest.raises(ClipError, match=r"6 of the 6 records tried .* max_broken_share = 0.05"):
-        train_files(small_config(world, tmp_path / "run", eval_files=[]))
+    config = small_config(world, tmp_path / "run", eval_files=[])
+    with pytest.raises(ClipError, match=r"6 of the 6 records tried .* max_broken_share = 0.05") as stopped:
+        train_files(config)
+    command = f"python -m dvr1_lite train --resume {tmp_path / 'run'} --max-broken-share 0.2"
+    assert f"Fix the clips, or raise it: {command}; " in str(stopped.value)
+    with pytest.raises(ClipError, match=r"11 of the 11 .* --max-broken-share 0.3;"):
+        train_files(replace(config, max_broken_share=0.1), resume=True)
+    write_world(tmp_path / "world")
+    assert train_files(config, resume=True)["complete"], "the clips were fixed"
 
 
 def test_a_clip_deleted_before_its_augmentation_is_not_augmented(tmp_path, coin):

@@ -1,16 +1,20 @@
 r"""The check of a data set: what it counts, what it finds, and how large frames become."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from dvr1_lite import __main__ as cli
+from dvr1_lite.config import TrainConfig
 from dvr1_lite.data import read_records
 from dvr1_lite.scale import check
-from dvr1_lite.scale.check import check_records, examples, format_report, show_record
+from dvr1_lite.scale.check import Media, check_records, examples, format_report, show_record
 from dvr1_lite.scale.datasets import read_any
 from dvr1_lite.toy.clips import write_clip
-from tests.core.test_data import CHOICE, NUMBER, SPAN, without, write_lines
+from tests.core.test_data import CHOICE, NUMBER, OWN, SPAN, without, write_lines
 from tests.scale.test_datasets import write_gqa
 
 
@@ -21,6 +25,7 @@ def folder(tmp_path):
     (tmp_path / "clips").mkdir()
     write_clip(tmp_path / "clips/a.mp4", frames, 4)
     write_clip(tmp_path / "clips/short.mp4", frames[:4], 4)
+    write_clip(tmp_path / "clips/one.mp4", frames[:1], 4)
     (tmp_path / "clips/bad.mp4").write_bytes((tmp_path / "clips/a.mp4").read_bytes()[:-200])
     Image.fromarray(frames[0]).save(tmp_path / "clips/a.png")
     return tmp_path
@@ -51,8 +56,26 @@ def test_the_check_counts_and_finds_what_is_incorrect(folder, decode):
                  "reach out of their clip (kept as annotated): 2", "and 1 more", "unreadable records: 1",
                  "field 'problem': is missing", "4 frames but 8 are asked for",
                  "2 of 96 x 64 pixels are shown as 56 x 56, aspect ratio 1.50 squeezed to 1",
-                 "clips of 4.0 to 4.0 s: 8 frames are one every 0.5 to 0.5 s"):
+                 "clips of 4.0 s: 8 frames, one every 0.5 s"):
         assert line in text, line
+    limit = "\n30 % of the records have files that cannot be read, and a run ends above max_broken_share = 29 %: fix"
+    assert limit in format_report(report, 1, 0.29) and "max_broken_share" not in format_report(report, 1, 0.3)
+
+
+def test_counts_of_one_and_short_intervals_are_worded(folder):
+    report = check_records(read_records(write_lines(folder / "rows.jsonl", [OWN])), 8, 56)
+    report.media = {Path(f"{k}"): Media(10 + k, 10, 0.2 + k) for k in range(6)}
+    text = format_report(report)
+    assert "  and 1 other size shown as 56 x 56\n" in text and "1 record, line 1; they have options" in text
+    assert "  clips of 0.2 to 5.2 s: 8 frames, one every 0.03 to 0.7 s\n" in text  # 0.2 / 8 = 0.025, 5.2 / 8 = 0.65
+    one = check_records(read_records(write_lines(folder / "rows.jsonl", [OWN | {"video": "clips/one.mp4"}])), 8, 56)
+    assert "the clip has 1 frame but 8 are asked for; sample at most 1 or leave" in format_report(one)
+
+
+def test_an_answer_with_words_that_the_model_cannot_write_is_noted(folder, capsys):
+    rows = [OWN | {"question": "what happens", "options": [], "answer": "flambéed zucchini"}]
+    check.print_notes(read_records(write_lines(folder / "rows.jsonl", rows)), TrainConfig())
+    assert re.search("note: the model has never seen (.*, )?flambéed, zucchini;", capsys.readouterr().err)
 
 
 def test_a_sound_data_set_is_ok_and_each_clip_is_opened_once(folder, monkeypatch):
@@ -85,8 +108,10 @@ def test_clips_that_two_files_share_are_named(folder, capsys):
     for name, count in zip(files, ("1 record,", "2 records,", "1 record,")):
         assert f"{name}: {count}" in printed
     shared = [line for line in printed.splitlines() if line.startswith("note: ")]
-    assert shared == [f"note: {one} and {other} share 1 clip, such as {folder / 'clips' / clip}: split by clip, or the "
-                      f"accuracy means little" for one, other, clip in ((*files[:2], "a.mp4"), (*files[1:], "b.mp4"))]
+    a, b, rest = folder / "clips/a.mp4", folder / "clips/b.mp4", ": split by clip, or the accuracy means little"
+    assert shared == [f"note: {files[0]} and {files[1]} share 1 clip, such as {a}{rest}",
+                      f"note: {files[0]} and {files[2]} share 1 clip, such as {a} (its copy is {b}){rest}",
+                      f"note: {files[1]} and {files[2]} share 1 clip, such as {a} (its copy is {b}){rest}"]
     assert sorted(path.name for path in (folder / "frames").iterdir()) == [f"record_{k}.png" for k in (1, 2, 3, 4)]
     (folder / "clips/b.mp4").unlink()
     assert cli.main(["check", "--fast", "--data", *files]) == 1, "one file of three has a problem"

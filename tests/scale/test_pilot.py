@@ -28,8 +28,12 @@ FINE = {"truncated": (0.0, 0.0, 0.2), "format": (1.0, 0.8, 1.0), "success": (0.4
         "unsolved": (0.1, -0.1, 0.3)}  # each measured, and the ends of its interval
 
 
+BROKEN = "fix or leave out the broken clips first"
+READ = {"prompts": 20, "broken": [], "max_broken_share": 0.05}
+
+
 def verdicts(**changes: tuple[float, float, float]) -> list[str]:
-    rules = judge({name: {"rate": rate, "ci95": ends} for name, (rate, *ends) in (FINE | changes).items()})
+    rules = judge(READ | {name: {"rate": rate, "ci95": ends} for name, (rate, *ends) in (FINE | changes).items()})
     return [rule.verdict for rule in rules]
 
 
@@ -56,7 +60,7 @@ def test_rates_spread_and_lengths_by_hand():
     found = describe(groups, 2)
     assert found["format"]["rate"] == 0.75 and found["success"]["rate"] == 5 / 16
     assert found["success"]["ci95"][0] == 0.0 and found["success"]["ci95"][1] > 0.9, "four clips tell little"
-    assert (found["all_correct"], found["all_incorrect"], found["spread"]["rate"]) == (0.25, 0.5, 0.25)
+    assert [found[name]["rate"] for name in ("all_correct", "all_incorrect", "spread")] == [0.25, 0.5, 0.25]
     # unsolved: -1, 1, 0, 1, so mean 0.25 and s = 0.95743; t(3) = 3.18245: 0.25 +- 1.52, cut to what is possible
     assert found["unsolved"] == {"rate": 0.25, "ci95": [-1.0, 1.0]}
     assert found["guessing"] == {"rate": 0.375, "n": 2}, "the mean of 1/2 and 1/4"
@@ -72,10 +76,24 @@ def test_the_expected_vanishing_is_unbiased():
     random, p, size = np.random.default_rng(0), np.array([0.05, 0.3, 0.9]), 4
     truth = float(np.mean(p**size + (1 - p)**size))
     draws = random.binomial(8, p, size=(20_000, 3))
-    estimates = [expected_vanishing(row.tolist(), 8, size) for row in draws[:4000]]
+    estimates = [expected_vanishing([[2.0] * k + [1.0] * (8 - k) for k in row], size) for row in draws[:4000]]
     plugged = np.mean((draws / 8)**size + (1 - draws / 8)**size)
     assert np.mean(estimates) == pytest.approx(truth, abs=0.01) and abs(plugged - truth) > 0.02
-    assert expected_vanishing([8, 0, 3], 8, 8) == pytest.approx(2 / 3) and expected_vanishing([1], 2, 8) is None
+    assert expected_vanishing([[2.0] * 8, [1.0] * 8, [2.0] * 3 + [1.0] * 5], 8) == pytest.approx(2 / 3)
+    assert expected_vanishing([[1.0, 2.0]], 8) is None
+
+
+def test_groups_of_graded_rewards_are_counted_by_whether_their_rewards_are_equal():
+    graded = [[0.9, 0.8, 0.7, 0.6], [0.3, 0.3, 0.3, 0.1], [0.9] * 4, [0.2] * 4, [0.4] * 4]
+    groups = [replace(group(name, tasks), scores=[OwnScore(1.0, 0.0, None, 1 + task, 2.0, task) for task in tasks])
+              for name, tasks in zip("abcde", graded)]
+    found = describe(groups, 2)
+    # equal rewards in three of five, of which one succeeds; the first succeeds and the second fails, but unequally
+    assert [found[name]["rate"] for name in ("spread", "all_correct", "all_incorrect")] == [0.4, 0.2, 0.4]
+    assert found["unsolved"]["rate"] == pytest.approx(0.2) and found["success"]["rate"] == pytest.approx(0.4)
+    # pairs with equal rewards: 0, C(3,2)/C(4,2) = 1/2, 1, 1, 1
+    assert found["vanishing_expected"] == pytest.approx(3.5 / 5)
+    assert describe(groups, 4)["vanishing_expected"] == pytest.approx(0.6), "as many as are equal"
 
 
 def test_a_success_is_well_formed_and_at_least_half_of_the_task():
@@ -101,17 +119,25 @@ def test_the_own_clip_is_compared_prompt_by_prompt():
     ({"truncated": 0.26}, "fix the prompt or format first", "reach max_new_tokens"),
     ({"truncated": 0.25, "format": 0.49}, "fix the prompt or format first", "fewer than 50 %"),
     ({"success": 0.04, "spread": 0.1}, "SFT first", "fewer than 5 %"),
-    ({"success": 0.05, "spread": 0.1}, "use easier questions", "all incorrect than all correct"),
+    ({"success": 0.05, "spread": 0.1}, "use easier questions", "others fail than succeed"),
     ({"spread": 0.19, "unsolved": -0.3}, "use harder questions", "as many"),
     ({"spread": 0.19, "unsolved": 0.0}, "use harder questions", "as many"),
     ({"spread": 0.2, "unsolved": -0.8}, "train", "no other rule")])
 def test_the_first_rule_that_applies_is_the_verdict(changes, verdict, reason):
-    known = {name: {"rate": changes.get(name, rate), "ci95": [changes.get(name, rate)] * 2}
-             for name, (rate, *_) in FINE.items()}
+    known = READ | {name: {"rate": changes.get(name, rate), "ci95": [changes.get(name, rate)] * 2}
+                    for name, (rate, *_) in FINE.items()}
     [rule] = judge(known)
     assert rule.verdict == verdict and reason in rule.when and rule.advice
     assert {rule.verdict for rule in RULES} == {"train", "fix the prompt or format first", "SFT first",
-                                                "use easier questions", "use harder questions"}
+                                                "use easier questions", "use harder questions", BROKEN}
+
+
+def test_more_unreadable_clips_than_a_run_tolerates_are_to_be_fixed_before_anything_else():
+    found = READ | {name: {"rate": 0.0, "ci95": [0.0, 1.0]} for name in FINE}
+    verdict = lambda prompts, broken, share=0.05: [rule.verdict for rule in judge(
+        found | {"prompts": prompts, "broken": ["x"] * broken, "max_broken_share": share})]
+    assert verdict(18, 2) == [BROKEN] and verdict(19, 1)[0] != BROKEN, "10 % and 5 %"
+    assert BROKEN not in verdict(18, 2, 0.1) and verdict(19, 1, 0.0) == [BROKEN]
 
 
 def test_a_verdict_is_undecided_where_an_interval_holds_its_threshold():
@@ -148,6 +174,24 @@ def test_a_success_no_better_than_guessing_is_noted(world, tmp_path, monkeypatch
     describe = module.describe
     monkeypatch.setattr(module, "describe", lambda *_: describe(*_) | {"success": {"rate": 0.9, "ci95": [0.34, 1.0]}})
     assert not noted(records), "above one third with all of the interval"
+
+
+@pytest.mark.parametrize(("lows", "note"), [
+    ({"another clip": 0.0, "blind": -0.1}, module.NO_VIDEO), ({"another clip": 0.1, "blind": 0.1}, None),
+    ({"another clip": -0.1, "one frame": 0.1, "blind": 0.2}, module.DISAGREE.format("one frame and blind"))])
+def test_controls_that_disagree_about_the_video_are_named(world, tmp_path, monkeypatch, lows, note):
+    config, describe = small_config(world, tmp_path / "run", eval_files=[]), module.describe
+    monkeypatch.setattr(module, "controls", lambda *_: {name: (None, None) for name in lows})
+    monkeypatch.setattr(module, "compare", lambda *_, rest=iter(lows.values()): {"ci95": [next(rest), 0.5]})
+    monkeypatch.setattr(module, "describe", lambda *_: describe(*_) | {"success": {"rate": 0.9, "ci95": [0.5, 1.0]}})
+    assert pilot(config, read_records(config.train_file), completions=2)["notes"] == ([note] if note else [])
+
+
+def test_a_pilot_of_mostly_unreadable_clips_still_judges(world, tmp_path):
+    config = small_config(world, tmp_path / "run", eval_files=[])
+    records = read_records(config.train_file)
+    lost = [replace(records[0], record_id=f"lost{k}", clip=world / f"no{k}.mp4") for k in range(40)]
+    assert pilot(config, [*lost, *records], prompts=46, completions=2)["verdict"] == BROKEN
 
 
 def test_an_own_reward_is_timed_and_its_success_and_the_passes_over_the_data_are_printed(world, tmp_path, monkeypatch):
@@ -187,10 +231,11 @@ def test_a_pilot_measures_everything_and_its_report_says_so(world, tmp_path, mon
     assert found["hours"]["steps"] == pytest.approx(3 * total / 3600) and total > 0
     assert found["hours"]["evaluation"] == pytest.approx(30 * 2 * found["seconds"]["completions"] / 24 / 3600)
     assert found["memory_gb"]["measured"] > 0.1 and 0 < found["memory_gb"]["predicted"] < 1
-    assert found["verdict"] in {rule.verdict for rule in RULES} and json.loads(json.dumps(found)) == found
+    assert found["verdict"] == BROKEN and json.loads(json.dumps(found)) == found
     text = report(found)
     for part in ("6 prompts, 4 completions each, of model on records.jsonl", "none.mp4: no such file", "well formed  ",
-                 "all incorrect;", "Eq. 01.3", "another clip", "one training step", "memory  ", "verdict: ", "next: "):
+                 "unreadable clips      1 of 7; a run ends above max_broken_share = 5 %\n", "different rewards; in ",
+                 "Eq. 01.3", "another clip", "one training step", "memory  ", "verdict: ", "next: "):
         assert part in text, part
     assert not (tmp_path / "run").exists(), "a pilot writes nothing"
 
