@@ -235,7 +235,7 @@ def test_a_full_disk_is_named(expected, world, tmp_path):
     out = tmp_path / "run"
     full = {("writing answers", 2): "before_L1.jsonl", ("writing a line of metrics", 1): "metrics.jsonl",
             ("writing a checkpoint", 1): "step_000001", ("writing an adapter", 2): "step_000002",
-            ("copying an adapter", 1): "adapter", ("writing a file", 4): "summary.json"}
+            ("copying an adapter", 1): "adapter", ("writing a file", 5): "summary.json"}
     for moment, name in full.items():
         error = start(train_child, world, out, BY_FOUR, moment=moment, strike="disk full").answer()
         assert isinstance(error, UserError), (moment, error)
