@@ -19,13 +19,14 @@ call in Python can name it: a config file, a run's folder, a checkpoint or a dat
 from __future__ import annotations
 
 import hashlib
+import importlib.abc
+import importlib.util
 import inspect
 import json
 import logging
 import math
 import sys
 import traceback
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,6 +117,19 @@ def describe(error: BaseException) -> str:
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
+class SourceText(importlib.abc.SourceLoader):
+    r"""Loads a module from exactly these bytes; cached bytecode, which could be of an earlier text, is not used."""
+
+    def __init__(self, path: Path, source: bytes):
+        self.path, self.source = path, source
+
+    def get_filename(self, name: str) -> str:
+        return str(self.path)
+
+    def get_data(self, path: str) -> bytes:
+        return self.source
+
+
 def load_reward(name: str, errors: str = "stop") -> OwnReward:
     r"""Load the reward "FILE.py:function". This runs the file; its folder is added to the import path.
 
@@ -130,12 +144,12 @@ def load_reward(name: str, errors: str = "stop") -> OwnReward:
         raise ConfigError(f"reward {name}: there is no file {file}; check the path, which starts from the current "
                           f"folder")
     source, folder = path.read_bytes(), str(path.resolve().parent)
-    module = types.ModuleType(f"own_reward_{path.stem}")
-    sys.modules[module.__name__], module.__file__ = module, str(path)
+    spec = importlib.util.spec_from_loader(f"own_reward_{path.stem}", SourceText(path, source))
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     if folder not in sys.path:
         sys.path.append(folder)  # last, so that nothing of the environment is hidden
     try:
-        exec(compile(source, path, "exec"), vars(module))  # these bytes; cached bytecode could be of an earlier text
+        spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise ConfigError(f"reward {name}: the file cannot be loaded ({describe(error)}); correct it") from error
     function = getattr(module, function_name, None)

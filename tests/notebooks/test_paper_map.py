@@ -51,7 +51,7 @@ def test_the_box_of_a_notebook_states_about_the_measured_times(number):
     path = paper_map.FOLDER / paper_map.NOTEBOOKS[number]
     stated, measured = paper_map.stated_minutes(path), paper_map.reading_minutes(path)
     assert sum(stated.values()) > 0
-    assert all(abs(stated[part] - measured[part]) <= 10 for part in stated), (stated, measured)
+    assert all(abs(stated[part] - measured[part]) <= 5 for part in stated), (stated, measured)
 
 
 def test_reading_minutes_by_hand(tmp_path):

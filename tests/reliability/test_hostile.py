@@ -135,7 +135,6 @@ def test_no_source_unpickles_trusts_remote_code_or_shows_html():
     assert len(trees) > 40 and "dvr1_lite/policy.py" in trees
     found = {name: faults_of(tree) for name, tree in trees.items() if faults_of(tree)}
     assert found.pop("notebooks/teaching/instructors/grade.py") == ["exec", "exec"]  # it runs submissions, as it is asked
-    assert found.pop("dvr1_lite/own_reward.py") == ["exec"]  # it runs the file that --reward names
     assert found == {}
 
 
