@@ -805,6 +805,32 @@ def test_what_is_said_about_table_4(row, rival):
     assert all(difference("table4", row, rival).removeprefix("+") in page for page in pages)
 
 
+def robust(method: str) -> dict[tuple[str, str], list[float]]:
+    """Accuracy at temperature 1 in per cent, the mean of the splits, by (updates, rate): one value for each seed."""
+    used = json.loads((ROOT / "data/results/robust/aggregate.json").read_text(encoding="utf-8"))["runs"]
+    runs = {tuple(row.split("; ")[1:]): [json.loads((ROOT / "data/results" / files[seed]).read_text(encoding="utf-8"))
+                                         for seed in "012"]
+            for row, files in used.items() if row.split(";")[0] == method}
+    return {setting: [100 * np.mean([cell["accuracy"] for cell in run["sampled"].values()]) for run in three]
+            for setting, three in runs.items()}
+
+
+def test_what_is_said_about_robust():
+    def interval(row, rival):  # paired, three seeds
+        gaps = np.subtract(row, rival)
+        reach = 4.302653 * gaps.std(ddof=1) / 3 ** 0.5
+        return gaps.mean(), gaps.mean() - reach, gaps.mean() + reach
+
+    reg, grpo = robust("Reg-GRPO, eps 0.1"), robust("GRPO")
+    gaps = {setting: interval(reg[setting], grpo[setting]) for setting in grpo}
+    last = ("16 updates", "learning rate 0.001")
+    assert len(gaps) == 9 and [setting for setting, (_, low, high) in gaps.items() if not low < 0 < high] == [last]
+    pages = [source("05"), (ROOT / "README.md").read_text(encoding="utf-8")]
+    assert all("{:+.0f} [{:.0f}, {:.0f}]".format(*gaps[last]) in page for page in pages)
+    worst = interval(np.min(list(reg.values()), axis=0), np.min(list(grpo.values()), axis=0))
+    assert all("{:.0f} points [{:.0f}, {:.0f}] above GRPO's".format(*worst) in page for page in pages)
+
+
 # 06 ------------------------------------------------------------------------------------------------------------------
 
 
