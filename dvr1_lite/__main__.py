@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .errors import ConfigError, UserError
+from .errors import ConfigError, UserError, check_name
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell
 USED_MOST = ("help", "config", "card", "resume", "model", "train_file", "eval_files", "steps", "method",
@@ -360,7 +360,10 @@ def reproduce_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--seeds", type=int, help="Runs of each row; none: what the protocol says.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs made at the same time, one core each.")
     parser.add_argument("--quick", action="store_true", help="One seed, a few steps and questions: a trial.")
-    parser.add_argument("--out", default="data/results", metavar="DIR", help="Where results are recorded.")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="Names of the rows to make; none: all.")
+    parser.add_argument("--model", metavar="DIR", help="Another base model, such as one that pretrain --seed 1 made; "
+                        "give --out too, since its results belong in a folder of their own.")
+    parser.add_argument("--out", metavar="DIR", help="Where results are recorded; none: data/results.")
     parser.add_argument("--rerun", metavar="FILE.json", help="Make this recorded run again, below runs/, and compare.")
     options = parser.parse_args(arguments)
     for name in ("seeds", "jobs"):
@@ -368,11 +371,12 @@ def reproduce_command(arguments: Sequence[str]) -> int:
             raise ConfigError(f"--{name} is {getattr(options, name)}: give 1 or more")
     if (options.name is None) == (options.rerun is None):
         raise ConfigError("give either the NAME of an experiment, such as table4, or --rerun FILE.json")
-    if options.name:
-        check_name("experiment", options.name, [*EXPERIMENTS, *GROUPS])
+    if options.model and not options.out:
+        raise ConfigError("--model needs --out: results of two base models must not share a folder")
     if options.rerun:
         return 0 if rerun(options.rerun, Path("runs") / "rerun") else 1
-    made = reproduce(options.name, options.out, options.seeds, options.jobs, options.quick)
+    made = reproduce(options.name, options.out or "data/results", options.seeds, options.jobs, options.quick,
+                     options.rows or (), options.model)
     for name, used in made.used.items():
         print(save_aggregate(EXPERIMENTS[name], used, made.results))
     print(f"recorded in {made.results}; to draw figures: python -m dvr1_lite report {' '.join(made.used)} --out "
@@ -612,14 +616,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "check": check_command, "reward": reward_command, "pilot": pilot_command, "memory": memory_command,
     "merge": merge_command, "bench": bench_command,
 }
-
-
-def check_name(kind: str, name: str, known: Sequence[str]) -> None:
-    r"""Raise `ConfigError` with a near match for a name that is not known."""
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        raise ConfigError(f"unknown {kind} {name!r}: " + (f"did you mean {near[0]}?" if near else
-                                                         f"use one of {', '.join(known)}"))
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -1,8 +1,9 @@
 """User-facing errors. Each message states the problem and the fix."""
 
 import contextlib
+import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")  # as torch says it on a CPU
 
@@ -44,3 +45,12 @@ def within_memory(what: str, fix: str) -> Iterator[None]:
         if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
             raise UserError(f"{what} ran out of memory: {fix}") from error
         raise
+
+
+def check_name(kind: str, name: str, known: Iterable[str]) -> None:
+    """Raise `ConfigError` with a near match for a name that is not among the known ones."""
+    names = list(known)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        raise ConfigError(f"unknown {kind} {name!r}: " + (f"did you mean {near[0]}?" if near else
+                                                         f"use one of {', '.join(names)}"))

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..config import WITHDRAWN, TrainConfig, make_config, to_yaml
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, UserError, check_name
 from ..evaluation import summarise
 from ..files import data_folder, make_folder, read_lines, resolve, write_atomically
 from .tables import (
@@ -71,16 +72,20 @@ class Outcome(NamedTuple):
     failed: list[str]
 
 
-def plan(experiment: Experiment, seeds: int | None = None, settings: Settings | None = None,
-         quick: bool = False) -> list[Run]:
-    r"""List all runs of an experiment, seed by seed, so that an interrupted table has complete pairs.
+def plan(experiment: Experiment, seeds: int | None = None, settings: Settings | None = None, quick: bool = False,
+         rows: Sequence[str] = (), model: str | None = None) -> list[Run]:
+    r"""List the runs of an experiment, seed by seed, so that an interrupted table has complete pairs.
 
-    Raises `ConfigError` if the rows do not have the same number of what the experiment holds equal.
+    rows: names of the rows, none for all. model: folder of another base model than the config's. Raises `ConfigError`
+    for a row that does not exist, and if the rows do not have the same number of what the experiment holds equal.
     """
-    count = seeds or (1 if quick else experiment.seeds)
+    for name in rows:
+        check_name("row", name, [row.name for row in experiment.rows])
+    count, extra = seeds or (1 if quick else experiment.seeds), {"model": model} if model else {}
     limit = 0 if quick or experiment.name.startswith("tune") else SAMPLED_LIMIT
-    runs = [Run(experiment.name, row.name, seed, row_config(experiment, row, seed, settings or {}, quick), limit)
-            for seed in range(experiment.first_seed, experiment.first_seed + count) for row in experiment.rows]
+    runs = [Run(experiment.name, row.name, seed, row_config(experiment, row, seed, settings or {}, quick, extra), limit)
+            for seed in range(experiment.first_seed, experiment.first_seed + count) for row in experiment.rows
+            if not rows or row.name in rows]
     first = runs[0].config
     for run in runs:
         config, budget = run.config, run.config.rollout_budget
@@ -257,21 +262,25 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def reproduce(name: str, out: str | Path, seeds: int | None = None, jobs: int = 1, quick: bool = False) -> Outcome:
-    r"""Make all runs of an experiment (or of `all`, `ablations`) that are not recorded yet.
+def reproduce(name: str, out: str | Path, seeds: int | None = None, jobs: int = 1, quick: bool = False,
+              rows: Sequence[str] = (), model: str | None = None) -> Outcome:
+    r"""Make all runs of an experiment (or of `all`, `phase`, `projects`) that are not recorded yet.
 
     out: the results folder; quick runs go to `quick/` in it. seeds: how many, none for the experiment's own. jobs:
-    processes at a time. A run that fails stops no other. Raises `ConfigError` for an unknown name, `UserError` if the
-    base model cannot be evaluated.
+    processes at a time. rows: names of those to make, none for all. model: folder of another base model, whose runs
+    belong in a results folder of their own. A run that fails stops no other. Raises `ConfigError` for an unknown name,
+    `UserError` if the base model cannot be evaluated.
     """
     results, settings = Path(out) / "quick" if quick else Path(out), read_settings(Path(out))
-    command = f"python -m dvr1_lite reproduce {name}" + (f" --seeds {seeds}" if seeds else "") + " --quick" * quick
-    plans = [(one, plan(one, seeds, settings, quick)) for one in find_experiments(name)]
+    command = shlex.join(["python", "-m", "dvr1_lite", "reproduce", name, *(["--seeds", str(seeds)] if seeds else []),
+                          *["--quick"] * quick, *(["--rows", *rows] if rows else []),
+                          *(["--model", model] if model else [])])
+    plans = [(one, plan(one, seeds, settings, quick, rows, model)) for one in find_experiments(name)]
     failed = make_runs([run for _, runs in plans for run in runs], results, jobs, command)
     recorded, used = read_runs(results), {}
     for one, runs in plans:
         prints = fingerprints(runs[0].config)
-        found = {run.row: recorded_seeds(run, prints, recorded) for run in runs[:len(one.rows)]}  # of any seed
+        found = {run.row: recorded_seeds(run, prints, recorded) for run in runs if run.seed == runs[0].seed}
         used[one.name] = {row: files for row, files in found.items() if files}
     tuning = [recorded[file] for one, _ in plans if one.name.startswith("tune")
               for files in used.get(one.name, {}).values() for file in files.values()]

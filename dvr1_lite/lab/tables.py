@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TrainConfig, make_config
-from ..errors import ConfigError
+from ..errors import check_name
 from ..objectives import METHODS
 
 STEPS, PROMPTS, GROUP = 75, 8, 8
@@ -253,8 +253,7 @@ GROUPS = {"all": tuple(e.name for e in PAPER), "phase": tuple(e.name for e in PH
 
 def find_experiments(name: str) -> list[Experiment]:
     r"""Return the experiment of that name, or those of `all`, `phase` or `projects`. Raises `ConfigError`."""
-    if name not in EXPERIMENTS and name not in GROUPS:
-        raise ConfigError(f"no experiment is called {name!r}: use one of {', '.join([*EXPERIMENTS, *GROUPS])}")
+    check_name("experiment", name, [*EXPERIMENTS, *GROUPS])
     return [EXPERIMENTS[one] for one in GROUPS.get(name, (name,))]
 
 

@@ -148,6 +148,17 @@ def test_finished_runs_are_never_repeated_and_failed_ones_named_and_resumed(fail
     assert workers.made()[6:] == ["reg-grpo both --out"]  # "none" and "adaptive" are runs of table 4
 
 
+def test_another_base_model_is_evaluated_and_named_in_the_command(workers, tmp_path):
+    workers("assert config['model'] == 'runs/other', config['model']")
+    made = reproduce("table4", tmp_path / "results", 1, rows=("GRPO + DA", "Reg-GRPO"), model="runs/other")
+    assert made.failed == [] and set(made.used["table4"]) == {"GRPO + DA", "Reg-GRPO"}
+    assert workers.made() == ["base", "grpo both --out", "reg-grpo none --out"]
+    runs = read_runs(tmp_path / "results").values()
+    assert {run["command"] for run in runs} == {
+        "python -m dvr1_lite reproduce table4 --seeds 1 --rows 'GRPO + DA' Reg-GRPO --model runs/other"}
+    assert {run["config"]["model"] for run in runs} == {"runs/other"}
+
+
 def test_each_process_gets_its_config_and_one_thread(workers, tmp_path):
     workers("assert os.environ['OMP_NUM_THREADS'] == '1' == os.environ['TQDM_DISABLE'], 'threads'\n"
             "assert config['eval_before'] == (not config['steps']), 'eval_before'\n"

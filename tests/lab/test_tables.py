@@ -1,7 +1,7 @@
 r"""What is compared: equal budgets, the paper's rows and figures, shared runs, and how answers are stored."""
 
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -53,6 +53,16 @@ def test_table4_has_the_rows_and_the_published_figures_of_the_paper():
     assert len(plan(experiment)) == 40 and [run.seed for run in plan(experiment, 2)] == [0] * 4 + [1] * 4
     for one in (one for one in EXPERIMENTS.values() if one.published):
         assert {row.published for row in one.rows} <= set(published_rows(one))
+
+
+def test_some_rows_are_planned_and_with_another_base_model_everything_else_stays():
+    experiment = EXPERIMENTS["phase_A2"]
+    shipped = [run for run in plan(experiment, 2, SETTINGS) if run.row in ("plain", "hinted")]
+    other = plan(experiment, 2, SETTINGS, rows=("plain", "hinted"), model="runs/base_seed1")
+    assert [(run.row, run.seed) for run in other] == [("plain", 0), ("hinted", 0), ("plain", 1), ("hinted", 1)]
+    assert [replace(run, config=replace(run.config, model="data/base_model")) for run in other] == shipped
+    with pytest.raises(ConfigError, match="unknown row 'hintd': did you mean hinted"):
+        plan(experiment, rows=("hintd",))
 
 
 def test_same_rows_of_different_tables_are_one_run():
@@ -108,7 +118,7 @@ def test_a_phase_diagram_trains_and_tests_one_cell_with_one_setting_for_all_vari
 
 def test_every_experiment_has_a_name_that_the_protocol_declares():
     assert [e.name for e in find_experiments("all")] == ["table4", "table5", "table6", "table7", "table8", "figure3"]
-    with pytest.raises(ConfigError, match="table4"):
+    with pytest.raises(ConfigError, match="unknown experiment 'table9': did you mean table8"):
         find_experiments("table9")
     protocol = (data_folder() / "results" / "PROTOCOL.md").read_text(encoding="utf-8")
     assert [name for name in [*EXPERIMENTS, *GROUPS] if f"`{name}`" not in protocol] == []
