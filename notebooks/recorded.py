@@ -15,11 +15,11 @@ from scipy.stats import binomtest
 
 from dvr1_lite.data import read_records
 from dvr1_lite.evaluation import limited
-from dvr1_lite.files import data_folder, make_folder, resolve
+from dvr1_lite.files import resolve
 from dvr1_lite.lab import report
-from dvr1_lite.lab.headline import cell_table, robust_table
+from dvr1_lite.lab.headline import cell_table, robust_grids, robust_table
 from dvr1_lite.lab.runner import reproduce
-from dvr1_lite.lab.stats import mean_answers
+from dvr1_lite.lab.stats import mean_answers, seed_summary
 from dvr1_lite.lab.tables import BEYOND, EXPERIMENTS, PAPER, PHASE, TUNING, Experiment
 from dvr1_lite.toy.world import CELLS
 
@@ -39,9 +39,6 @@ def command(name: str) -> str:
 
 def make(results: Path, names: Sequence[str] = ("tune", "tune_augmented", "phase", "all")) -> None:
     """Make all runs of the protocol's main experiments in a results folder of your own; takes hours."""
-    make_folder(results)
-    predicted = (data_folder() / "results/predictions.json").read_text(encoding="utf-8")
-    (results / "predictions.json").write_text(predicted, encoding="utf-8")
     for name in names:
         for one, used in reproduce(name, results, jobs=2).used.items():
             report.save_aggregate(EXPERIMENTS[one], used, results)
@@ -151,6 +148,30 @@ def robust_lines(results: Path) -> list[str]:
             parts.append(f"{name}{scale * line['mean']:.0f}{unit}{gap}")
         lines.append(f"{method} (n = {found['n'].iloc[0]}): {', '.join(parts)}")
     return lines
+
+
+def base_models(results: Path) -> pd.DataFrame:
+    """Return the headline rows, a column for each base model of another recipe seed that is recorded: runs that learned
+    a cell of the phase diagram; differences in points with the verdict's interval (`robust`: 95 % over seeds) and n."""
+    columns = {}
+    for folder in (Path(results), *sorted(Path(results).glob("base_seed*"))):
+        column, tables = columns.setdefault(f"base {folder.name[9:] or 0}", {}), load(folder)
+        if any(one.name in tables for one in PHASE):
+            learned = cell_table(folder).set_index(["cell", "variant"])["learned"]
+            column |= {f"{cell} {variant}, learned": learned[cell, variant] for cell in ("A2", "A3", "F4")
+                       for variant in ("plain", "hinted", "mixed") if (cell, variant) in learned}
+        for one in tables.get("table4", {"differences": ()})["differences"]:
+            column[f"table 4, {one['row']} over {one['rival']}"] = _with_interval(
+                one["mean"]["mean"], one["mean"]["ci_corrected"], one["mean"]["n"])
+        if "robust" in tables:
+            reg, grpo = (robust_grids(folder)[name] for name in ("Reg-GRPO, eps 0.1", "GRPO"))
+            gap = seed_summary([100 * (reg[s][16, 0.001] - grpo[s][16, 0.001]) for s in reg])
+            column["16 updates at 0.001, Reg-GRPO over GRPO"] = _with_interval(gap["mean"], gap["ci"], gap["n"])
+    return pd.DataFrame(columns).fillna("-")
+
+
+def _with_interval(mean: float, ends: Sequence[float] | None, n: int) -> str:
+    return f"{mean:+.1f}" + (" [{:.1f}, {:.1f}]".format(*ends) if ends else "") + f", n = {n}"
 
 
 def tuning_lines(results: Path) -> list[str]:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ..files import data_folder
 from .plotting import STYLE
 from .stats import seed_summary
 from .tables import CELL_SUCCESS, EXPERIMENTS, LEARNING_RATES, ROBUST, VARIANTS
@@ -43,7 +44,8 @@ def _runs(results: Path, name: str) -> dict[str, dict[int, dict]]:
 def cell_table(results: Path) -> pd.DataFrame:
     r"""Summarise the phase diagram: for each cell and variant the predicted and the measured success (mean and 95 %
     interval over seeds at temperature 1), n, the runs that learned it (success above one half), and the area."""
-    predicted = json.loads((Path(results) / "predictions.json").read_text(encoding="utf-8"))
+    path = data_folder() / "results" / "predictions.json"  # written before the first run, for every results folder
+    predicted = json.loads(path.read_text(encoding="utf-8"))
     lines = []
     for (cell, variant), runs in read_cells(results).groupby(["cell", "variant"], sort=False):
         found = seed_summary(list(runs["sampled"]))

@@ -8,7 +8,7 @@ import pytest
 matplotlib.use("Agg")
 
 from dvr1_lite.lab import headline
-from dvr1_lite.lab.tables import CELL_SUCCESS, EXPERIMENTS, VARIANTS
+from dvr1_lite.lab.tables import EXPERIMENTS
 
 
 def record(results, name, runs):
@@ -27,12 +27,11 @@ def cell_run(sampled):
 
 
 def test_the_phase_table_has_means_learned_runs_and_areas_by_hand(tmp_path):
-    predicted = {cell: dict.fromkeys(VARIANTS, 0.5) for cell in CELL_SUCCESS}
-    (tmp_path / "predictions.json").write_text(json.dumps(predicted))
     record(tmp_path, "phase_F3", {("plain", 0): cell_run(0.2), ("plain", 1): cell_run(0.6), ("mixed", 0): cell_run(0.9)})
     table = headline.cell_table(tmp_path).set_index("variant")
     assert list(table["cell"]) == ["F3", "F3"] and table.loc["plain", "mean"] == pytest.approx(0.4)
     assert table.loc["plain", "learned"] == "1 of 2" and table.loc["mixed", "learned"] == "1 of 1"
+    assert table.loc["plain", "predicted"] == 0.76  # PROTOCOL.md's table
     assert table.loc["plain", "area"] == pytest.approx(0.6)  # 0 over 1,600 rollouts, 0.9 over 3,200
     assert len(headline.cell_figure(tmp_path).axes) == 1
 
