@@ -37,6 +37,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 
 from ..augmentation import cut_hint
 from ..data import Record, prompt_text
+from ..errors import UserError
 from ..files import write_atomically
 from ..video import patchify
 from .world import (CELLS, COLOURS, ENVIRONMENTS, LETTERS, MOMENT_SECONDS, MOMENTS, MOVES, ORDINALS, QUESTION_TYPES,
@@ -94,6 +95,8 @@ class Recipe:
     odds_weight: float = 0.3  # weight of the squared error of the log-odds where a target has two words
     drill_steps: int = 1000  # letter exercises without video, before the fine-tuning; learned suddenly, after about 500
     drill_batch: int = 96  # smaller batches stay on the plateau before it
+    drill_learned: float = 0.2  # loss below which the letters are learned; the plateau is at 0.44
+    drill_cycles: int = 4  # most cycles of `drill_steps`: one is enough for seed 0, not for every seed
     drill_share: float = 0.1  # share of letter exercises among the fine-tuning examples
     hint_share: float = 0.25  # share of the other examples that have a hint
     answer_share: float = 0.12  # share of them that show the answer
@@ -462,6 +465,21 @@ def train_text(model, tokenizer: PreTrainedTokenizerFast, next_examples: Callabl
     return optimise(parameters, batch_loss, steps, lr, warm_up=0.05, weight=0.02, title=title)["loss"]
 
 
+def train_letters(model, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> list[float]:
+    r"""Practise the letter exercises in cycles of the learning rate until they are learned; return each cycle's loss.
+
+    Raises `UserError` if `drill_cycles` are not enough: without letters the fine-tuning that follows would be in vain.
+    """
+    rng, losses = seeded("drill", recipe.seed), []
+    letters = lambda: [letter_exercise(rng) for _ in range(recipe.drill_batch)]
+    while not losses or losses[-1] > recipe.drill_learned:
+        if len(losses) == recipe.drill_cycles:
+            raise UserError(f"the letter exercises stay at a loss of {losses[-1]:.2f} after {len(losses)} cycles: take "
+                            "another --seed")
+        losses.append(train_text(model, tokenizer, letters, recipe.drill_steps, recipe.text_lr, "letters"))
+    return losses
+
+
 def finetune(model, tokenizer: PreTrainedTokenizerFast, pool: Pool, features: Tensor, recipe: Recipe) -> float:
     r"""Fine-tune the language model on examples about the pool's clips; return the running loss."""
     rng = seeded("finetuning", recipe.seed)
@@ -475,6 +493,7 @@ def pretrain(out: str | Path, recipe: Recipe = Recipe()) -> dict:
     r"""Build the base model in folder `out`: weights in float32, tokenizer, preprocessor and `recipe.json`.
 
     Returns what `recipe.json` holds: the recipe, sizes, losses, the encoder's accuracies and the minutes it took.
+    Raises `UserError` if the letter exercises are not learned.
     """
     started, out = time.time(), Path(out)
     tokenizer = build_tokenizer()
@@ -482,9 +501,7 @@ def pretrain(out: str | Path, recipe: Recipe = Recipe()) -> dict:
     pool = make_pool(recipe.seed, recipe.clips)
     accuracy = train_encoder(model, pool, recipe)
     features = encode_pool(model, pool, recipe)
-    rng = seeded("drill", recipe.seed)
-    letters = lambda: [letter_exercise(rng) for _ in range(recipe.drill_batch)]
-    losses = {"letters": train_text(model, tokenizer, letters, recipe.drill_steps, recipe.text_lr, "letters"),
+    losses = {"letters": train_letters(model, tokenizer, recipe),
               "fine-tuning": finetune(model, tokenizer, pool, features, replace(recipe, chain_share=0.0))}
     for cycle, steps in enumerate(recipe.chain_cycles, 1):  # a seed of its own draws other examples
         chains = replace(recipe, seed=recipe.seed + cycle, text_steps=steps, text_lr=recipe.chain_lr,

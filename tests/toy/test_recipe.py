@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from dvr1_lite.data import prompt_text
+from dvr1_lite.errors import UserError
 from dvr1_lite.policy import Policy
 from dvr1_lite.rewards import score
 from dvr1_lite.toy import recipe
@@ -24,8 +25,8 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    sizes = recipe.Recipe(clips=3, encoder_steps=2, encoder_batch=4, drill_steps=2, text_steps=2, chain_cycles=(2,),
-                          text_batch=4, ceiling_clips=1)
+    sizes = recipe.Recipe(clips=3, encoder_steps=2, encoder_batch=4, drill_steps=2, drill_learned=99.0, text_steps=2,
+                          chain_cycles=(2,), text_batch=4, ceiling_clips=1)
     return folder, recipe.pretrain(folder, sizes)
 
 
@@ -103,6 +104,14 @@ def test_only_the_control_is_careful_behind_an_empty_hint():
         assert example.completion.split("<think>")[1].split("<")[0].split()[:given] == hint[:given]
         planted = (8 - given // 2) if cell[0] == "F" else int(cell[0] == "A" and given == 0)
         assert len(example.forks) == planted
+
+
+def test_letters_are_practised_until_they_are_learned(monkeypatch):
+    losses = iter((0.44, 0.43, 0.03, 0.44, 0.44))
+    monkeypatch.setattr(recipe, "train_text", lambda *arguments: next(losses))
+    assert recipe.train_letters(None, None, recipe.Recipe()) == [0.44, 0.43, 0.03]
+    with pytest.raises(UserError, match=r"stay at a loss of 0\.44 after 2 cycles: take another --seed"):
+        recipe.train_letters(None, None, recipe.Recipe(drill_cycles=2))
 
 
 def test_log_odds_of_both_words_have_their_own_loss(built, tokenizer):
