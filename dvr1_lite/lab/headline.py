@@ -116,7 +116,7 @@ def robust_table(results: Path) -> pd.DataFrame:
             gap = seed_summary(gaps) if gaps else {"mean": None, "ci": None}
             lines.append({"method": method, "figure": name, **seed_summary([values[method, s][name] for s in seeds]),
                           "over GRPO": gap["mean"], "over GRPO ci": gap["ci"]})
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines, columns=["method", "figure", "mean", "sd", "ci", "n", "over GRPO", "over GRPO ci"])
 
 
 def robust_figure(results: Path) -> Figure:

@@ -13,7 +13,7 @@ from dvr1_lite.lab.tables import EXPERIMENTS
 
 def record(results, name, runs):
     r"""Write recorded runs, (row, seed) -> content, and the aggregate.json that names them."""
-    (results / name).mkdir()
+    (results / name).mkdir(parents=True)
     used = {}
     for i, ((row, seed), content) in enumerate(runs.items()):
         (results / name / f"{i}.json").write_text(json.dumps(content))
@@ -43,6 +43,9 @@ def test_robustness_is_the_worst_the_median_and_the_share_near_the_best(tmp_path
             for row, value in zip(rows, accuracies, strict=True)}
     incomplete = next(row.name for row in EXPERIMENTS["robust"].rows if row.name.startswith("Reg-GRPO, eps 0.1;"))
     record(tmp_path, "robust", runs | {(incomplete, 0): runs[rows[0], 0]})
+    record(tmp_path / "partial", "robust", {(incomplete, 0): runs[rows[0], 0]})
+    assert headline.robust_table(tmp_path / "partial").empty  # and the figure is drawn without its last panel
+    assert len(headline.robust_figure(tmp_path / "partial").axes) == 4
     table = headline.robust_table(tmp_path).set_index("figure")
     assert set(table["method"]) == {"GRPO"} and table.loc["worst", "mean"] == 0.1
     assert table.loc["median", "mean"] == 0.75 and table.loc["near the best", "mean"] == pytest.approx(4 / 9)
