@@ -68,17 +68,18 @@ def phase_claims(tables: Mapping[str, Mapping]) -> list[report.Claim]:
 
 
 def phase_lines(results: Path, tables: Mapping[str, Mapping]) -> list[str]:
-    """Return the recorded cells of the phase diagram as text: predicted and measured success in per cent, n, and how
-    many runs learned the cell, with the exact 95 % interval of that share; then the cells that are not tested."""
+    """Return the recorded cells of the phase diagram as text: predicted and measured success in per cent, the area under
+    the curve of own groups' accuracy in per cent, n, and how many runs learned the cell, with the exact 95 % interval
+    of that share; then the cells that are not tested."""
     waiting = [f"{one.name} not tested: {command(one.name)}" for one in PHASE if one.name not in tables]
     if len(waiting) == len(PHASE):
         return waiting
-    lines = ["cell  variant        predicted  measured, 95 % over seeds   n  learned in"]
+    lines = ["cell  variant        predicted  measured, 95 % over seeds  area   n  learned in"]
     for row in cell_table(results).to_dict("records"):
         bounds = "[{:.0f}, {:.0f}]".format(*(100 * end for end in row["ci"])) if row["ci"] else "-"
         low, high = binomtest(int(row["learned"].split()[0]), int(row["n"])).proportion_ci()
         lines.append(f"{row['cell']:6s}{row['variant']:14s}{100 * row['predicted']:9.0f} {100 * row['mean']:10.0f}  "
-                     f"{bounds:15s} {row['n']:2.0f}  {row['learned']} runs [{100 * low:.0f} %, {100 * high:.0f} %]")
+                     f"{bounds:13s} {100 * row['area']:4.0f}  {row['n']:2.0f}  {row['learned']} runs [{100 * low:.0f} %, {100 * high:.0f} %]")
     return lines + waiting
 
 
@@ -97,12 +98,8 @@ def verdict_lines(claims: Iterable[report.Claim]) -> list[str]:
 
 def published_sign(experiment: Experiment, claim: tuple[str, str]) -> str:
     """Return the signs of a claim's published difference on L1, L2 and L3, such as "+++"; "" if none is printed."""
-    rows, names = report.published_rows(experiment), {row.name: row.published for row in experiment.rows}
-    first, second = (rows.get(names[row]) for row in claim)
-    if not first or not second:
-        return ""
-    return "".join("+" if first[split] > second[split] else "-" if first[split] < second[split] else "0"
-                   for split in first)
+    gaps = report.published_difference(experiment, claim).values()
+    return "".join("+" if gap > 0 else "-" if gap < 0 else "0" for gap in gaps)
 
 
 def claim_lines(tables: Mapping[str, Mapping]) -> list[str]:
@@ -136,8 +133,8 @@ def by_cell(name: str, tables: Mapping[str, Mapping], runs: Mapping[str, Mapping
 
 
 def robust_lines(results: Path) -> list[str]:
-    """Return one line for each method of `robust`: over its settings, the worst and the median accuracy at temperature 1
-    and how many come within three points of its best; means over seeds, in brackets the paired difference from GRPO."""
+    """Return one line for each method of `robust`: over its settings, the worst and median accuracy at temperature 1 and
+    how many come within three points of its best; means over seeds, in brackets the paired difference from GRPO."""
     lines, table = [], robust_table(results)
     for method, found in table.groupby("method", sort=False):
         parts = []

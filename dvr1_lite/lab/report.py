@@ -83,7 +83,7 @@ def aggregate(experiment: Experiment, rows: Mapping[str, Mapping[int, Mapping]],
     table |= {row: _accuracies(runs, groups) | _training(list(runs.values())) | {
         "published": published.get(names.get(row))} for row, runs in rows.items()}
     family = max(1, len(experiment.claims))
-    differences = [_difference((row, rival), family, rows, groups, table) for row, rival in experiment.claims
+    differences = [_difference((row, rival), family, rows, groups) for row, rival in experiment.claims
                    if set(rows.get(row, ())) & set(rows.get(rival, ()))]
     return {"table": experiment.name, "question": experiment.question, "equal": experiment.equal, "unit": "per cent",
             "interval": "ci: 95 %, Student's t over seeds; ci_clips: 95 %, questions clustered by clip",
@@ -132,7 +132,7 @@ def _end(curve: Sequence[float | None]) -> float | None:
     return math.fsum(last) / len(last) if last else None
 
 
-def _difference(claim: tuple[str, str], family: int, rows: Mapping, groups: Mapping, table: Mapping) -> dict:
+def _difference(claim: tuple[str, str], family: int, rows: Mapping, groups: Mapping) -> dict:
     r"""Compare the two rows of a claim over the seeds that both have: accuracy, and the ends of the curves."""
     seeds = sorted(set(rows[claim[0]]) & set(rows[claim[1]]))
     mine, theirs = ([rows[row][seed] for seed in seeds] for row in claim)
@@ -149,9 +149,6 @@ def _difference(claim: tuple[str, str], family: int, rows: Mapping, groups: Mapp
         found["sampled"] = paired_summary([100 * float(np.mean([
             a["sampled"][split]["accuracy"] - b["sampled"][split]["accuracy"] for split in groups]))
             for a, b in zip(mine, theirs)], family)
-    row, rival = (table[name]["published"] for name in claim)
-    if row and rival:
-        found["published"] = {split: round(row[split] - rival[split], 1) for split in row}
     return found | {"training": {name: paired_summary([
         _end(a["curve"][name]) - _end(b["curve"][name]) for a, b in zip(mine, theirs)], family) for name in CURVES}}
 
@@ -175,6 +172,13 @@ def published_rows(experiment: Experiment) -> dict[str | None, dict[str, float]]
     return {name: dict(zip(table["columns"], values)) for name, values in table.items() if name != "columns"}
 
 
+def published_difference(experiment: Experiment, claim: tuple[str, str]) -> dict[str, float]:
+    r"""Return the paper's difference of a claim's two rows, split -> points; empty if it prints none."""
+    rows, names = published_rows(experiment), {row.name: row.published for row in experiment.rows}
+    row, rival = (rows.get(names[name]) for name in claim)
+    return {split: row[split] - rival[split] for split in row} if row and rival else {}
+
+
 # --- the paper's claims ----------------------------------------------------------------------------------------------
 
 
@@ -182,9 +186,9 @@ def published_rows(experiment: Experiment) -> dict[str | None, dict[str, float]]
 class Claim:
     r"""A claim of the paper and its verdict here. Numbers are points (of accuracy, of the largest reward, of groups),
     above 0 in favour of the claim. command: what tests an untested claim. published: mean of the splits, only its sign
-    is compared. repeats: the table that compares the same two rows. sampled: the second figure, accuracy at
-    temperature 1, with its corrected interval over seeds; None where it is the first. Its single answers are not
-    recorded, so it has no interval by clip."""
+    is compared; None without printed numbers, and for tables that cannot be tested here. repeats: the table that
+    compares the same two rows. sampled: the second figure, accuracy at temperature 1, with its corrected interval over
+    seeds; None where it is the first. Its single answers are not recorded, so it has no interval by clip."""
 
     paper: str
     text: str
@@ -217,20 +221,21 @@ def claims_of(experiment: Experiment, found: Mapping | None) -> list[Claim]:
     for pair in experiment.claims:
         key, sign = experiment.outcomes.get(pair, (None, 1))
         text = f"{pair[0]} over {pair[1]}" + (f": {'higher' if sign > 0 else 'lower'} {OUTCOMES[key]}" if key else "")
+        printed = published_difference(experiment, pair)
+        published = sum(printed.values()) / len(printed) if printed and not key else None
         if pair not in known:
             claims.append(Claim(name, text, NOT_TESTED, f"python -m dvr1_lite reproduce {experiment.name}",
-                                repeats=_first_table(experiment, pair)))
+                                published=published, repeats=_first_table(experiment, pair)))
             continue
         sampled, first = known[pair].get("sampled"), experiment.primary == "sampled"
         cell = known[pair]["training"][key] if key else sampled if first else known[pair]["mean"]
         scale = 100 * sign if key else 1
         interval, by_clip = (ends and sorted(scale * end for end in ends)
                              for ends in (cell["ci_corrected"], cell.get("ci_clips")))
-        published = () if key else known[pair].get("published", {}).values()
         claims.append(Claim(
             name, text, verdict(interval, by_clip), effect=scale * cell["mean"], interval=interval, by_clip=by_clip,
             detectable=cell["detectable"] and abs(scale) * cell["detectable"], seeds=cell["n"],
-            published=sum(published) / len(published) if published else None, condition=experiment.condition,
+            published=published, condition=experiment.condition,
             repeats=_first_table(experiment, pair), sampled=None if key or first else sampled))
     return claims
 
@@ -296,20 +301,21 @@ def as_table(found: Mapping) -> str:
     if tested:
         first = EXPERIMENTS[found["table"]].primary.replace("sampled", "at temperature 1")
         text += (f"\nClaims, in points of accuracy ({first}), above 0 in favour of the claim "
-                 f"({found['correction']}):\n\n" + markdown(claims_frame(tested).drop(columns="paper")))
+                 f"({found['correction']}). Rows use all their seeds, a difference those that both rows have:\n\n"
+                 + markdown(claims_frame(tested).drop(columns="paper")))
     return text
 
 
 def claims_frame(claims: Sequence[Claim]) -> pd.DataFrame:
     r"""Return claims as text cells, one line each."""
     return pd.DataFrame([{
-        "paper": c.paper, "claim": c.text, "verdict": c.verdict + (
-            f" ({'as' if c.effect is not None else 'but see the same comparison'} in {c.repeats})" if c.repeats else ""),
+        "paper": c.paper, "claim": c.text, "verdict": c.verdict + (c.repeats and (
+            f" ({'as' if c.effect is not None else 'but see the same comparison'} in {c.repeats})")),
         "difference": "-" if c.effect is None else f"{c.effect:+.1f}", "over seeds, corrected": _interval(c.interval),
         "by clip": _interval(c.by_clip), "at temperature 1": f"{c.sampled['mean']:+.1f} "
         f"{_interval(c.sampled['ci_corrected'])}" if c.sampled else "-",
         "detectable": "-" if c.detectable is None else f"{c.detectable:.1f}",
-        "seeds": c.seeds or "-", "published": "none" if c.published is None else f"{c.published:+.1f}"[0],
+        "seeds": c.seeds or "-", "published": "-" if c.published is None else f"{c.published:+.1f}"[0],
         "condition": c.condition or "-"} for c in claims])
 
 
@@ -405,6 +411,8 @@ def claims_figure(claims: Sequence[Claim], heading: str = "") -> Figure:
         for place, claim in enumerate(drawn):
             colour, marker = VERDICT_LOOK[claim.verdict]
             _point(axes, place, claim.effect, claim.interval, {"color": colour, "marker": marker})
+            for end in (end for end in claim.interval or () if abs(end) > reach):  # it goes on outside the figure
+                axes.plot(math.copysign(reach, end), place, ">" if end > 0 else "<", color=colour, clip_on=False)
             if claim.by_clip:
                 axes.plot(claim.by_clip, [place + 0.22] * 2, color=colour, linewidth=0.8)
             axes.annotate(f"{claim.verdict} (n = {claim.seeds})", (1.01, place), va="center", fontsize=9, color=colour,

@@ -124,7 +124,7 @@ def test_aggregate_by_hand(found):
     assert difference["mean"]["mean"] == pytest.approx(600 / 18)  # gaps 200/6, 100/6, 300/6: error 9.6225
     assert difference["mean"]["ci"][0] == pytest.approx(33.3333 - 4.302653 * 9.6225, abs=1e-2)
     assert difference["mean"]["ci_corrected"][0] == pytest.approx(33.3333 - 8.8602 * 9.6225, abs=1e-2)  # of four claims
-    assert difference["published"]["L1"] == pytest.approx(4.6)
+    assert report.published_difference(EXPERIMENTS["table4"], ("Reg-GRPO", "GRPO"))["L1"] == pytest.approx(4.6)
 
 
 def test_claims_of_the_phase_diagram_are_judged_at_temperature_1():
@@ -158,6 +158,7 @@ def test_every_claim_is_on_the_board_and_a_shared_comparison_is_drawn_once():
     assert repeats == {("Table 5", "Reg-GRPO over GRPO"): "Table 4",
                        ("Table 7", "increasing + decreasing over none"): "Table 4",
                        ("Table 8", "adaptive over none"): "Table 4"}
+    assert [c.published > 0 for c in board if c.paper == "Table 5"] == [True] * 7  # printed, though not tested here
     drawn = [label.get_text() for label in report.claims_figure(board).axes[0].get_yticklabels()]
     assert len(drawn) == len(set(drawn)) == sum(c.effect is not None and not c.repeats for c in board)
 
@@ -169,7 +170,10 @@ def test_a_claim_of_the_phase_diagram_repeats_no_table_and_its_title_keeps_the_c
 
 def test_a_difference_of_90_points_lies_inside_the_figure():
     claims = [report.Claim("Phase F3", "mixed over plain", "undecided here", effect=90.0, interval=(-700.0, 880.0), seeds=2)]
-    assert report.claims_figure(claims).axes[0].get_xlim() == pytest.approx((-110, 110))
+    axes = report.claims_figure(claims).axes[0]
+    assert axes.get_xlim() == pytest.approx((-110, 110))
+    cut = [line.get_xdata()[0] for line in axes.lines if line.get_marker() in "<>" and len(line.get_xdata()) == 1]
+    assert cut == pytest.approx([-110, 110])  # arrowheads say that the interval goes on
 
 
 def test_a_claim_of_less_is_positive_when_it_is_less():
