@@ -64,7 +64,8 @@ def inventory(tables: Mapping[str, Mapping]) -> list[str]:
 
 def phase_claims(tables: Mapping[str, Mapping]) -> list[report.Claim]:
     """Return the claims "this variant is better than plain" of the recorded cells, about success at temperature 1."""
-    return [claim for one in PHASE if one.name in tables for claim in report.claims_of(one, tables[one.name])]
+    claims = [claim for one in PHASE if one.name in tables for claim in report.claims_of(one, tables[one.name])]
+    return [claim for claim in claims if claim.effect is not None]  # a cell may have some of its rows
 
 
 def phase_lines(results: Path, tables: Mapping[str, Mapping]) -> list[str]:
@@ -148,29 +149,34 @@ def robust_lines(results: Path) -> list[str]:
 
 
 def base_models(results: Path) -> pd.DataFrame:
-    """Return the headline rows, a column for each base model of another recipe seed that is recorded: runs that learned
-    a cell of the phase diagram; differences in points with the verdict's interval (`robust`: 95 % over seeds) and n."""
+    """Return the headline rows as text, a column for each recorded base model. Cells of the phase diagram: runs that
+    learned, then points over plain; tables: the difference; all with the verdict's interval (`robust`: 95 % over
+    seeds, not corrected)."""
     columns = {}
     for folder in (Path(results), *sorted(Path(results).glob("base_seed*"))):
         column, tables = columns.setdefault(f"base {folder.name[9:] or 0}", {}), load(folder)
-        if any(one.name in tables for one in PHASE):
-            learned = cell_table(folder).set_index(["cell", "variant"])["learned"]
-            column |= {f"{cell} {variant}, learned": learned[cell, variant] for cell in ("A2", "A3", "F4")
-                       for variant in ("plain", "hinted", "mixed") if (cell, variant) in learned}
+        known = [one for one in PHASE if one.name in tables]
+        learned = cell_table(folder).set_index(["cell", "variant"])["learned"] if known else {}
+        over_plain = {(claim.paper[-2:], claim.text.split(" over ")[0]): _with_interval(claim.effect, claim.interval)
+                      for claim in phase_claims(tables)}
+        for key in [(cell, name) for cell in ("A2", "A3", "F4") for name in ("plain", "hinted", "mixed")]:
+            if key in learned:
+                column[" ".join(key)] = ", ".join(filter(None, [learned[key], over_plain.get(key)]))
         for one in tables.get("table4", {"differences": ()})["differences"]:
-            column[f"table 4, {one['row']} over {one['rival']}"] = _with_interval(
-                one["mean"]["mean"], one["mean"]["ci_corrected"], one["mean"]["n"])
+            column[f"table 4: {one['row']} over {one['rival']}"] = (
+                f"{_with_interval(one['mean']['mean'], one['mean']['ci_corrected'])}, n = {one['mean']['n']}")
         reg, grpo = (robust_grids(folder)[name] for name in ("Reg-GRPO, eps 0.1", "GRPO"))
         at = 16, 0.001  # the setting in which they differ on base 0
         gaps = [100 * (reg[seed][at] - grpo[seed][at]) for seed in reg if at in reg[seed] and at in grpo.get(seed, ())]
         if gaps:
             gap = seed_summary(gaps)
-            column["16 updates at 0.001, Reg-GRPO over GRPO"] = _with_interval(gap["mean"], gap["ci"], gap["n"])
+            column["robust, 16 updates at 0.001: Reg-GRPO over GRPO"] = (
+                f"{_with_interval(gap['mean'], gap['ci'])}, n = {gap['n']}")
     return pd.DataFrame(columns).fillna("-")
 
 
-def _with_interval(mean: float, ends: Sequence[float] | None, n: int) -> str:
-    return f"{mean:+.1f}" + (" [{:.1f}, {:.1f}]".format(*ends) if ends else "") + f", n = {n}"
+def _with_interval(mean: float, ends: Sequence[float] | None) -> str:
+    return f"{mean:+.1f}" + (" [{:.1f}, {:.1f}]".format(*ends) if ends else "")
 
 
 def tuning_lines(results: Path) -> list[str]:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from ..files import data_folder
 from .plotting import STYLE
-from .stats import seed_summary
+from .stats import paired_summary, seed_summary
 from .tables import CELL_SUCCESS, EXPERIMENTS, LEARNING_RATES, ROBUST, VARIANTS
 
 NEAR = 0.03  # accuracy: cells within three points of the best one count as good
@@ -53,6 +53,21 @@ def cell_table(results: Path) -> pd.DataFrame:
                       "learned": f"{(runs['sampled'] > 0.5).sum()} of {len(runs)}", "greedy": runs["greedy"].mean(),
                       "area": runs["area"].mean()})
     return pd.DataFrame(lines)
+
+
+def area_table(results: Path) -> pd.DataFrame:
+    r"""Return the second figure of the phase diagram as text, a row for each cell: each variant minus plain in the area
+    under the curve of own groups' accuracy, in points, paired by seed, with the interval corrected for the claims of
+    its cell (`stats.py`), or with n where there is none."""
+    lines = {}
+    for cell, runs in read_cells(results).groupby("cell", sort=False):
+        areas = 100 * runs.pivot(index="seed", columns="variant", values="area")
+        for name in [name for name in list(VARIANTS)[1:] if {name, "plain"} <= set(areas)]:
+            found = paired_summary(list((areas[name] - areas["plain"]).dropna()), len(VARIANTS) - 1)
+            ends = found["ci_corrected"]
+            bounds = " [{:.1f}, {:.1f}]".format(*ends) if ends else f", n = {found['n']}"
+            lines.setdefault(cell, {})[name] = f"{found['mean']:+.1f}{bounds}"
+    return pd.DataFrame(lines).T
 
 
 def cell_figure(results: Path) -> Figure:

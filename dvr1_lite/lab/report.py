@@ -415,7 +415,7 @@ def claims_figure(claims: Sequence[Claim], heading: str = "") -> Figure:
                 axes.plot(math.copysign(reach, end), place, ">" if end > 0 else "<", color=colour, clip_on=False)
             if claim.by_clip:
                 axes.plot(claim.by_clip, [place + 0.22] * 2, color=colour, linewidth=0.8)
-            axes.annotate(f"{claim.verdict} (n = {claim.seeds})", (1.01, place), va="center", fontsize=9, color=colour,
+            axes.annotate(f"{claim.verdict} (n = {claim.seeds})", (1.02, place), va="center", fontsize=9, color=colour,
                           xycoords=("axes fraction", "data"), annotation_clip=False)
             if place and claim.paper != drawn[place - 1].paper:
                 axes.axhline(place - 0.5, color="#BBBBBB", linewidth=0.6)

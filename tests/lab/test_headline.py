@@ -21,8 +21,8 @@ def record(results, name, runs):
     (results / name / "aggregate.json").write_text(json.dumps({"runs": used}))
 
 
-def cell_run(sampled):
-    return {"rollouts": 4800, "curve": {"rollouts": [1600, 4800], "accuracy": [0.0, 0.9]},
+def cell_run(sampled, late=0.9):
+    return {"rollouts": 4800, "curve": {"rollouts": [1600, 4800], "accuracy": [0.0, late]},
             "sampled": {"cell": {"accuracy": sampled}}, "accuracy": {"cell": {"accuracy": 1.0}}}
 
 
@@ -34,6 +34,16 @@ def test_the_phase_table_has_means_learned_runs_and_areas_by_hand(tmp_path):
     assert table.loc["plain", "predicted"] == 0.76  # PROTOCOL.md's table
     assert table.loc["plain", "area"] == pytest.approx(0.6)  # 0 over 1,600 rollouts, 0.9 over 3,200
     assert len(headline.cell_figure(tmp_path).axes) == 1
+
+
+def test_differences_in_the_area_by_hand(tmp_path):
+    # gaps of 30, 15 and 0 points over 3,200 of 4,800 rollouts: 20, 10 and 0
+    late = {"plain": (0.6, 0.6, 0.6), "mixed": (0.9, 0.75, 0.6), "kept": (0.9,)}
+    record(tmp_path, "phase_F3", {(name, seed): cell_run(0.5, value) for name, values in late.items()
+                                  for seed, value in enumerate(values)})
+    [(place, line)] = headline.area_table(tmp_path).iterrows()
+    assert line["mixed"] == "+10.0 [-47.3, 67.3]"  # t(0.995, 2) = 9.9248 times 10 / sqrt(3)
+    assert line["kept"] == "+20.0, n = 1" and "F3" in place
 
 
 def test_robustness_is_the_worst_the_median_and_the_share_near_the_best(tmp_path):

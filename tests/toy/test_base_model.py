@@ -12,7 +12,8 @@ from dvr1_lite.rewards import Score
 from dvr1_lite.toy.examination import Examiner, accuracy, as_table, examine, group_facts, judge, write
 
 FOLDER = "base_model"
-NOISE, ENCODER = "noise of 0.3 costs the easy types 20 to 50 points", "encoder at least 95 % correct in every environment"
+NOISE = "noise of 0.3 costs the easy types 20 to 50 points"
+ENCODER = "encoder at least 95 % correct in every environment"
 MISSED = {NOISE, ENCODER}
 
 
