@@ -280,7 +280,8 @@ def reproduce(name: str, out: str | Path, seeds: int | None = None, jobs: int = 
     recorded, used = read_runs(results), {}
     for one, runs in plans:
         prints = fingerprints(runs[0].config)
-        found = {run.row: recorded_seeds(run, prints, recorded) for run in runs if run.seed == runs[0].seed}
+        found = {run.row: recorded_seeds(run, prints, recorded)  # of any seed, and rows that earlier calls made
+                 for run in plan(one, 1, settings, quick, model=model)}
         used[one.name] = {row: files for row, files in found.items() if files}
     tuning = [recorded[file] for one, _ in plans if one.name.startswith("tune")
               for files in used.get(one.name, {}).values() for file in files.values()]

@@ -157,6 +157,8 @@ def test_another_base_model_is_evaluated_and_named_in_the_command(workers, tmp_p
     assert {run["command"] for run in runs} == {
         "python -m dvr1_lite reproduce table4 --seeds 1 --rows 'GRPO + DA' Reg-GRPO --model runs/other"}
     assert {run["config"]["model"] for run in runs} == {"runs/other"}
+    made = reproduce("table4", tmp_path / "results", 1, rows=("GRPO",), model="runs/other")
+    assert list(made.used["table4"]) == ["GRPO", "GRPO + DA", "Reg-GRPO"]  # with the rows that were there before
 
 
 def test_each_process_gets_its_config_and_one_thread(workers, tmp_path):
