@@ -80,7 +80,8 @@ def phase_lines(results: Path, tables: Mapping[str, Mapping]) -> list[str]:
         bounds = "[{:.0f}, {:.0f}]".format(*(100 * end for end in row["ci"])) if row["ci"] else "-"
         low, high = binomtest(int(row["learned"].split()[0]), int(row["n"])).proportion_ci()
         lines.append(f"{row['cell']:6s}{row['variant']:14s}{100 * row['predicted']:9.0f} {100 * row['mean']:10.0f}  "
-                     f"{bounds:13s} {100 * row['area']:4.0f}  {row['n']:2.0f}  {row['learned']} runs [{100 * low:.0f} %, {100 * high:.0f} %]")
+                     f"{bounds:13s} {100 * row['area']:4.0f}  {row['n']:2.0f}  {row['learned']} runs "
+                     f"[{100 * low:.0f} %, {100 * high:.0f} %]")
     return lines + waiting
 
 

@@ -841,7 +841,8 @@ def over_plain(folder: str, cell: str, variant: str) -> str:
 
 
 @pytest.mark.parametrize(("folder", "cell", "variant"), [
-    ("base_seed1", "A2", "hinted"), ("base_seed2", "A2", "hinted"), ("base_seed1", "F4", "mixed")])
+    ("base_seed1", "A2", "hinted"), ("base_seed2", "A2", "hinted"), ("base_seed1", "F4", "mixed"),
+    ("base_seed2", "F4", "mixed")])
 def test_what_is_said_about_the_other_base_models(folder, cell, variant):
     pages = [source("05"), (ROOT / "README.md").read_text(encoding="utf-8"),
              (ROOT / "data/results/PROTOCOL.md").read_text(encoding="utf-8")]
